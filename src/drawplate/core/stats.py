@@ -1,0 +1,73 @@
+"""Streamed statistics of a layer's inputs, gathered once for all layers that share an input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What calibration knows of a layer's input x [I]; means run over tokens.
+
+    A part that no method asked for is an empty tensor, so that reading it fails by its shape.
+    """
+
+    count: int
+    """Tokens seen."""
+    gram: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[I, I] float32, mean of x x^T."""
+    mean: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[I] float32, mean of x."""
+    absmean: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[I] float32, mean of |x|."""
+    peak: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[I] float32, largest |x|."""
+
+
+PARTS = frozenset({"gram", "mean", "absmean", "peak"})
+
+
+class Gather:
+    """Adds up batches of inputs; `stats()` gives the record so far.
+
+    Sums are kept in float64, so that the order of batches hardly matters and no batch is lost in a
+    long sum.
+    """
+
+    def __init__(self, needs: frozenset[str]):
+        unknown = needs - PARTS
+        if unknown:
+            raise ValueError(
+                f"statistics {sorted(unknown)} do not exist; there are {sorted(PARTS)}"
+            )
+        self.needs = needs
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, x: Tensor) -> None:
+        """[..., I]: one batch of inputs."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.count += len(rows)
+        if "gram" in self.needs:
+            self._sum("gram", (rows.T @ rows).double())
+        if "mean" in self.needs:
+            self._sum("mean", rows.sum(0).double())
+        if "absmean" in self.needs:
+            self._sum("absmean", rows.abs().sum(0).double())
+        if "peak" in self.needs:
+            peak = rows.abs().amax(0)
+            self.sums["peak"] = torch.maximum(self.sums.get("peak", peak), peak)
+
+    def _sum(self, part: str, value: Tensor) -> None:
+        self.sums[part] = self.sums[part] + value if part in self.sums else value
+
+    def stats(self) -> Stats:
+        """The record of all batches so far."""
+        means = {
+            part: (value if part == "peak" else value / self.count).float()
+            for part, value in self.sums.items()
+        }
+        return Stats(count=self.count, **means)

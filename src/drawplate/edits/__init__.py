@@ -1,0 +1,261 @@
+"""Edits: typed specs of the modules that stand in for other modules.
+
+A checkpoint is a Hugging Face skeleton plus an ordered list of edits, kept in `config.json`. Each
+edit names one module and knows how to build its stand-in *empty*; the safetensors file fills it.
+Edits compose by order and by path: a low-rank linear at `q_proj` has the children `q_proj.first`
+and `q_proj.second`, which a later edit may quantize.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, cast
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from drawplate.core.errors import Damaged, UserError
+from drawplate.core.method import Method, OneOf
+
+Linear = nn.Linear | Conv1D
+
+
+class StandIn(nn.Module):
+    """Base of the modules that stand in for a linear layer: y = x matrix()^T + bias."""
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """The dense weight that this module amounts to, [O, I], differentiable in its parameters."""
+
+    @property
+    @abstractmethod
+    def macs(self) -> int:
+        """Multiply-adds that one token costs."""
+
+
+class Packed(StandIn):
+    """A stand-in whose stored form must be decoded before use.
+
+    `dense` holds the decoded matrix inside `materialized`, otherwise every forward decodes anew, so
+    that memory holds the packed form alone.
+    """
+
+    dense: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        weight = self.matrix() if self.dense is None else self.dense
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+
+
+@contextmanager
+def materialized(model: nn.Module) -> Iterator[None]:
+    """Inside, packed modules keep their decoded matrix: faster, at the memory of a dense model.
+
+    Only for packed tensors that do not change meanwhile: gradients do not reach them.
+    """
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    try:
+        for module in packed:
+            module.dense = module.matrix().detach()
+        yield
+    finally:
+        for module in packed:
+            module.dense = None
+
+
+class Edit(Method):
+    """What stands at one place of a model. Contract: after `install` on an empty skeleton the model's
+    state dict has exactly the names and shapes that were saved.
+    """  # noqa: D205
+
+    module: str
+    """Dotted path of the module that is replaced."""
+
+    @abstractmethod
+    def build(self, old: nn.Module) -> nn.Module:
+        """An empty stand-in for `old`, on its device and in its dtype."""
+
+    def install(self, model: nn.Module) -> nn.Module:
+        """Puts an empty stand-in into `model` and returns it."""
+        new = self.build(submodule(model, self.module))
+        replace(model, self.module, new)
+        return new
+
+    @abstractmethod
+    def check(self, module: nn.Module) -> None:
+        """Raises `Damaged` where `module`, the stand-in, breaks what this spec promises."""
+
+
+Change = tuple[Edit, dict[str, Tensor]]
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`; `UserError` where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise UserError(f"model {type(model).__name__} has no module {path!r}") from None
+
+
+def replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Sets the module at `path`."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(submodule(model, parent) if parent else model, leaf, new)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer or of its stand-in."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[1]), int(module.weight.shape[0])
+    if isinstance(module, nn.Linear | StandIn):
+        return module.out_features, module.in_features
+    raise UserError(f"{type(module).__name__} is not a linear layer")
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The dense weight of a linear layer or of its stand-in, [O, I]."""
+    if isinstance(module, StandIn):
+        return module.matrix()
+    if isinstance(module, Conv1D):
+        return cast("Tensor", module.weight).T
+    if isinstance(module, nn.Linear):
+        return module.weight
+    raise UserError(f"{type(module).__name__} is not a linear layer")
+
+
+def bias_like(old: nn.Module) -> nn.Parameter | None:
+    """An empty bias where `old` has one."""
+    bias = getattr(old, "bias", None)
+    return None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
+
+
+def placement(old: nn.Module) -> dict[str, Any]:
+    """Device and floating dtype of `old`, for building what stands in for it."""
+    tensor = next(t for t in [*old.parameters(), *old.buffers()] if t.is_floating_point())
+    return {"device": tensor.device, "dtype": tensor.dtype}
+
+
+def linear(rows: int, columns: int, bias: nn.Parameter | None, like: nn.Module) -> nn.Linear:
+    """An empty `nn.Linear` of `rows` outputs, placed as `like` is."""
+    layer = nn.Linear(columns, rows, bias=False, **(placement(like) | {"device": "meta"}))
+    layer = layer.to_empty(device=placement(like)["device"])
+    layer.bias = bias  # type: ignore[assignment]
+    return layer
+
+
+_one = TypeAdapter(Annotated[Edit, OneOf()])
+
+
+def parse(specs: list[dict[str, Any]]) -> tuple[Edit, ...]:
+    """Specs as they stand in `config.json` -> edits; `Damaged` where one is not a known edit."""
+    try:
+        return tuple(_one.validate_python(spec) for spec in specs)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise Damaged(f"config.json: edit is not readable: {where}: {first['msg']}") from None
+
+
+def of(model: nn.Module) -> tuple[Edit, ...]:
+    """The edits that made `model` what it is, in order."""
+    config = getattr(cast("Any", model).config, "quantization_config", None)
+    if config is None:
+        return ()
+    specs = config.get("edits", []) if isinstance(config, dict) else getattr(config, "edits", [])
+    return parse(specs)
+
+
+def apply(model: nn.Module, edit: Edit, tensors: dict[str, Tensor]) -> None:
+    """Installs `edit`, fills its stand-in with `tensors` and appends it to the model's list.
+
+    Names of `tensors` are those of the stand-in's state dict; what the old module brings along (its
+    bias, or itself as the base of an adapter) may be left out.
+
+    Raises:
+        UserError: a tensor is missing or does not fit.
+    """
+    from drawplate.core.hf import record
+
+    old = submodule(model, edit.module)
+    bias = getattr(old, "bias", None)
+    new = edit.install(model)
+    own = dict(new.state_dict())
+    if bias is not None:
+        tensors = {name: bias.detach() for name in own if _is_bias(name)} | tensors
+    missing = [name for name in own if name not in tensors and not name.startswith("base.")]
+    surplus = [name for name in tensors if name not in own]
+    if missing or surplus:
+        raise UserError(f"{edit.module}: {edit.name} lacks {missing}, does not know {surplus}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                raise UserError(
+                    f"{edit.module}.{name}: {tuple(tensor.shape)} does not fit {tuple(own[name].shape)}"
+                )
+            own[name].copy_(tensor)
+    edit.check(new)
+    record(model, (*of(model), edit))
+
+
+def _is_bias(name: str) -> bool:
+    return name == "bias" or name == "second.bias"
+
+
+def check(model: nn.Module) -> None:
+    """Checks every edit's promise on `model`; `Damaged` names the first that is broken.
+
+    Where a later edit replaced an earlier one's stand-in, the later one speaks for it; an adapter
+    keeps what it found as its base, so there both speak.
+    """
+    latest: dict[tuple[str, bool], Edit] = {}
+    for edit in of(model):
+        latest[edit.module, edit.name == "adapter"] = edit
+    for (path, adapter), edit in latest.items():
+        edit.check(located(model, path, adapter))
+
+
+def located(model: nn.Module, path: str, adapter: bool = False) -> nn.Module:
+    """The module that an edit at `path` made, also where adapters now stand above it."""
+    module = model
+    for part in path.split("."):
+        module = submodule(module if hasattr(module, part) else submodule(module, "base"), part)
+    while not adapter and hasattr(module, "base") and isinstance(module, StandIn):
+        module = submodule(module, "base")
+    return module
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers that may still be edited, by path: plain ones and sparse stand-ins.
+
+    Children of low-rank and sliced stand-ins are among them; quantized ones, adapters and the output
+    head are not.
+    """
+    from drawplate.edits.adapter import Adapted
+    from drawplate.edits.sparse import SparseLinear
+
+    found: dict[str, nn.Module] = {}
+    head = cast("Any", model).get_output_embeddings() if hasattr(model, "config") else None
+
+    def visit(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            where = f"{path}.{name}" if path else name
+            if child is head:
+                continue
+            if isinstance(child, Linear | SparseLinear):
+                found[where] = child
+            elif isinstance(child, Adapted):
+                continue
+            else:
+                visit(child, where)
+
+    visit(model, "")
+    return found

@@ -1,0 +1,185 @@
+"""The block-by-block driver: statistics, propagation, resume."""
+
+import pytest
+import tiny
+import torch
+from pydantic import BaseModel
+
+from drawplate import edits
+from drawplate.core import hf
+from drawplate.core.blocks import Outcome, walk
+from drawplate.core.errors import NotFinite, UserError
+from drawplate.core.stats import PARTS, Gather
+from drawplate.edits.low_rank import LowRank
+
+
+class Row(BaseModel):
+    path: str
+    energy: float
+
+
+def truncate(number, sites):
+    """Halves the rank of every layer by plain SVD."""
+    changes, rows = [], []
+    for path, module, stats in sites:
+        weight = edits.matrix(module)
+        rank = max(1, min(weight.shape) // 2)
+        U, S, V = torch.linalg.svd(weight, full_matrices=False)
+        tensors = {"first.weight": V[:rank], "second.weight": U[:, :rank] * S[:rank]}
+        changes.append((LowRank(module=path, rank=rank), tensors))
+        rows.append(Row(path=path, energy=float(stats.gram.trace())))
+    return Outcome(changes, rows)
+
+
+def seen_inputs(model, tokens):
+    """What each linear layer is really given, from one plain forward pass."""
+    inputs = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, path=path: inputs.__setitem__(
+                path, args[0].reshape(-1, args[0].shape[-1])
+            )
+        )
+        for path, module in edits.linears(model).items()
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_statistics_are_those_of_a_plain_forward_pass(kind):
+    model, tokens = tiny.model(kind), tiny.tokens(5, 12)
+    inputs, seen = seen_inputs(model, tokens), {}
+
+    def visit(number, sites):
+        seen.update({path: stats for path, _, stats in sites})
+        return Outcome([], [])
+
+    walk(model, tokens, PARTS, visit, Row, batch=2)
+    assert set(seen) == set(inputs)
+    for path, x in inputs.items():
+        x = x.double()
+        stats = seen[path]
+        assert stats.count == len(x) == 60
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(stats.gram.double(), x.T @ x / len(x), **close)
+        torch.testing.assert_close(stats.mean.double(), x.mean(0), **close)
+        torch.testing.assert_close(stats.absmean.double(), x.abs().mean(0), **close)
+        torch.testing.assert_close(stats.peak.double(), x.abs().amax(0), **close)
+
+
+def test_layers_with_one_input_share_one_record():
+    seen = {}
+
+    def visit(number, sites):
+        seen.update({path: stats for path, _, stats in sites})
+        return Outcome([], [])
+
+    walk(tiny.model(), tiny.tokens(), PARTS, visit, Row)
+    q, k, v, o = (seen[f"model.layers.0.self_attn.{n}_proj"] for n in "qkvo")
+    assert q is k is v
+    assert o is not q
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
+def test_later_blocks_see_what_was_changed(kind):
+    model, tokens = tiny.model(kind), tiny.tokens()
+    rows = walk(model, tokens, frozenset({"gram"}), truncate, Row, batch=4)
+    half = tiny.model(kind)  # the first block edited, the second as it was
+
+    def first_only(number, sites):
+        return truncate(number, sites) if number == 0 else Outcome([], [])
+
+    walk(half, tokens, frozenset({"gram"}), first_only, Row, batch=4)
+    before = (seen_inputs(tiny.model(kind), tokens), seen_inputs(half, tokens))
+    for row in rows:
+        x = before[".1." in row.path][row.path].double()
+        assert row.energy == pytest.approx(float(x.square().sum() / len(x)), rel=1e-3)
+
+
+def test_a_run_that_stops_goes_on_at_the_next_block_with_the_same_result(tmp_path):
+    tokens = tiny.tokens()
+    whole = tiny.model()
+    rows = walk(whole, tokens, frozenset({"gram"}), truncate, Row)
+
+    def stops(number, sites):
+        if number == 1:
+            raise KeyboardInterrupt
+        return truncate(number, sites)
+
+    cut = tiny.model()
+    with pytest.raises(KeyboardInterrupt):
+        walk(cut, tokens, frozenset({"gram"}), stops, Row, work=tmp_path)
+    visited = []
+
+    def counts(number, sites):
+        visited.append(number)
+        return truncate(number, sites)
+
+    again = tiny.model()
+    assert walk(again, tokens, frozenset({"gram"}), counts, Row, work=tmp_path) == rows
+    assert visited == [1]
+    assert edits.of(again) == edits.of(whole)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
+
+
+def test_a_damaged_block_is_solved_again(tmp_path):
+    tokens, visited = tiny.tokens(), []
+    walk(tiny.model(), tokens, frozenset({"gram"}), truncate, Row, work=tmp_path)
+    file = tmp_path / "block-0001" / "tensors.safetensors"
+    spoiled = bytearray(file.read_bytes())
+    spoiled[-3] ^= 4
+    file.write_bytes(bytes(spoiled))
+
+    def counts(number, sites):
+        visited.append(number)
+        return truncate(number, sites)
+
+    walk(tiny.model(), tokens, frozenset({"gram"}), counts, Row, work=tmp_path)
+    assert visited == [1]
+
+
+@pytest.mark.parametrize("kind", ["llama_untied", "gpt2", "phi"])
+def test_the_head_is_visited_with_its_own_inputs(kind):
+    model, tokens, seen = tiny.model(kind), tiny.tokens(), {}
+
+    def visit(number, sites):
+        if number == -1:
+            seen.update({site.path: site.stats for site in sites})
+        return Outcome([], [])
+
+    walk(model, tokens, PARTS, visit, Row, head=True)
+    ((path, stats),) = seen.items()
+    x = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: x.append(args[0]))
+    with torch.no_grad():
+        model(tokens)
+    rows = x[0].reshape(-1, x[0].shape[-1]).double()
+    torch.testing.assert_close(stats.gram.double(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    assert model.get_submodule(path) is model.get_output_embeddings()
+
+
+def test_nan_is_named():
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NotFinite, match=r"layers\.1"):
+        walk(model, tiny.tokens(), PARTS, lambda number, sites: Outcome([], []), Row)
+
+
+def test_unknown_statistics_and_wrong_rows_are_refused():
+    with pytest.raises(ValueError, match="do not exist"):
+        Gather(frozenset({"median"}))
+    with pytest.raises(UserError, match="calibration"):
+        walk(tiny.model(), torch.zeros(0, 4).long(), PARTS, truncate, Row)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(UserError, match="decoder blocks"):
+        hf.blocks(torch.nn.Linear(2, 2))

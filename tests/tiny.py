@@ -1,0 +1,57 @@
+"""Tiny random decoders of every supported architecture, made in the test."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 96
+_common: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_common, tie_word_embeddings=True),
+    "llama_untied": lambda: LlamaConfig(**_common, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**_common, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_common, head_dim=8),
+    "mistral": lambda: MistralConfig(**_common),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0
+    ),
+    "phi": lambda: PhiConfig(**_common),
+}
+
+
+def model(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A random decoder in float32 and evaluation mode; its weights are large enough to matter."""
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return made.float().eval()
+
+
+def tokens(rows: int = 6, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """[rows, length] random token ids."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=draw)

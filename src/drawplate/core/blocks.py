@@ -44,7 +44,7 @@ class Outcome(NamedTuple, Generic[Row]):
 Visit = Callable[[int, list[Site]], Outcome[Row]]
 
 
-class _Reached(Exception):  # noqa: N818
+class _Reached(Exception):
     """The inputs of the first block are known; the rest of the forward pass is not needed."""
 
 
@@ -135,7 +135,7 @@ def _first_inputs(
 
 def _forward(block: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Tensor:
     out = block(hidden, **call)
-    return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+    return cast("Tensor", out[0] if isinstance(out, tuple) else out)
 
 
 def _run(block: nn.Module, hidden: list[Tensor], calls: list[dict[str, Any]]) -> list[Tensor]:
@@ -209,7 +209,7 @@ def _visit_head(
     done = _resume(model, work, number, row)
     if done is not None:
         return done
-    module = cast(Any, model).get_output_embeddings()
+    module = cast("Any", model).get_output_embeddings()
     (path,) = (path for path, other in model.named_modules() if other is module)
     with _listening({path: module}, needs) as records:
         for chunk in tokens.split(batch):
@@ -241,7 +241,7 @@ def _apply(model: nn.Module, outcome: Outcome[Row], work: Path | None, number: i
 
 
 def _resume(model: nn.Module, work: Path | None, number: int, row: type[Row]) -> list[Row] | None:
-    """Re-applies what an earlier run published for this block; None where there is nothing whole."""
+    """Re-applies what an earlier run published for this block; None where nothing is whole."""
     folder = None if work is None else work / f"block-{number:04d}"
     if folder is None or not folder.exists():
         return None

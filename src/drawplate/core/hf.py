@@ -45,12 +45,12 @@ class EditsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for edit in edits.parse(self.quantization_config.edits):
             edit.install(model)
-            # Some architectures initialise a child's `weight` from its parent, which a stand-in does
-            # not have; everything is read from the file, so nothing above an edit needs that.
+            # Some architectures initialise a child's `weight` from its parent; a stand-in has none.
+            # All tensors are read from the file, so nothing above an edit needs initialising.
             parts = edit.module.split(".")
             for depth in range(len(parts)):
                 above = model.get_submodule(".".join(parts[:depth]))
-                cast(Any, above)._is_hf_initialized = True
+                cast("Any", above)._is_hf_initialized = True
 
     def param_needs_quantization(self, *_: Any, **__: Any) -> bool:
         """No: what is stored is what is used."""

@@ -1,0 +1,256 @@
+"""The `drawplate` command. Each command imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from stages.quiet import guarded, quiet_environment
+
+_STAGES = {
+    "prepare": "Text and reasoning problems -> tokens, tokenizer, task sets.",
+    "pretrain": "Corpus -> a decoder trained from scratch, or `adopt: FOLDER`.",
+    "compress": "A model -> fewer stored bytes by factors or sparsity, then recovery.",
+    "quantize": "A model -> packed codes of 2, 3, 4 or 8 bits.",
+    "finetune": "A model -> one that reasons better and shorter, by reinforcement learning.",
+    "evaluate": "Models -> figures, paired verdicts and a report page.",
+}
+
+
+class Commands(click.Group):
+    """Stages are commands with options from their inputs, imported when asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Stages in pipeline order, then the rest."""
+        return [*_STAGES, *sorted(set(self.commands) - set(_STAGES))]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """A command of this module, or a stage's."""
+        if name not in _STAGES:
+            return super().get_command(context, name)
+        from stages.run import command
+
+        return command(getattr(import_module(f"stages.{name}"), name), _STAGES[name])
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists commands without importing the stages."""
+        rows = [
+            (name, _STAGES.get(name) or self._short(name)) for name in self.list_commands(context)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def _short(self, name: str) -> str:
+        return self.commands[name].get_short_help_str(limit=90)
+
+
+@click.group(cls=Commands, no_args_is_help=True)
+@click.version_option(package_name="drawplate")
+def cli() -> None:
+    r"""Text in; a small, fast, evaluated reasoning language model out.
+
+    \b
+    Examples:
+      drawplate run                                  all six stages, through DVC
+      drawplate run evaluate -S compress.ratio=0.4   one changed parameter, what depends on it
+      drawplate compress --model IN --corpus TEXT --out OUT -S compress.ratio=0.3
+      drawplate chat --model models/tuned
+    """
+
+
+@cli.command()
+@click.argument("stages", nargs=-1)
+@click.option(
+    "-S", "changes", multiple=True, metavar="KEY=VALUE", help="Changes params.yaml first."
+)
+@click.option("--preset", "names", multiple=True, help="Settings of a paper, such as rl/dler.")
+def run(stages: tuple[str, ...], changes: tuple[str, ...], names: tuple[str, ...]) -> None:
+    r"""Bring the pipeline of this folder up to date (all of it, or the named stages).
+
+    \b
+    Example:
+      drawplate run finetune --preset rl/grpo -S finetune.steps=50
+    """
+    from flows.local import run_pipeline
+
+    sys.exit(run_pipeline(Path.cwd(), stages, changes, names))
+
+
+@cli.command()
+@click.argument("axis", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def methods(axis: str | None, as_json: bool) -> None:
+    r"""List the methods of every axis, or of one.
+
+    \b
+    Example:
+      drawplate methods compress/prune
+    """
+    from drawplate.core.errors import UserError
+    from drawplate.settings import nearest
+    from flows.catalogue import catalogue
+
+    found = catalogue()
+    if axis is not None and axis not in found:
+        raise UserError(f"no axis {axis!r}{nearest(axis, found)}; there are: {', '.join(found)}")
+    shown = {name: rows for name, rows in found.items() if axis in (None, name)}
+    if as_json:
+        click.echo(json.dumps(shown, indent=1))
+        return
+    for name, rows in shown.items():
+        click.echo(f"\n{name}")
+        for row in rows:
+            click.echo(
+                f"  {row['name']:18} {row['does']}"
+                + (f"  [{row['paper']}]" if row["paper"] else "")
+            )
+
+
+@cli.command()
+@click.argument("target")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def lineage(target: str, as_json: bool) -> None:
+    r"""Walk from a FOLDER or an MLflow RUN back to the raw text, verifying hashes on the way.
+
+    \b
+    Examples:
+      drawplate lineage models/tuned
+      drawplate lineage 3f2a...   (a run id)
+    """
+    from drawplate import lineage as trail
+    from drawplate.core.errors import UserError
+
+    folder = Path(target)
+    if not folder.exists():
+        folder = _folder_of_run(target)
+    if not folder.is_dir():
+        raise UserError(f"{target} is neither a folder nor an MLflow run")
+    steps = list(trail.walk(folder))
+    if as_json:
+        click.echo(json.dumps([step.model_dump(mode="json") for step in steps], indent=1))
+        return
+    for step in steps:
+        where = step.folder or "not on this machine"
+        made = f"{step.role}: {step.node.stage}  {step.hash[:12]}  {step.state}  {where}"
+        click.echo("  " * step.depth + made)
+        for name, digest in step.node.sources.items():
+            click.echo(f"{'  ' * (step.depth + 1)}source {name}: {digest}")
+
+
+def _folder_of_run(run_id: str) -> Path:
+    """Where the output of an MLflow run lies, checked to be what that run made."""
+    quiet_environment()
+    from mlflow.exceptions import MlflowException
+
+    from drawplate.core.errors import Damaged, UserError
+    from drawplate.lineage import content_hash
+    from stages.tracking import client, uri
+
+    try:
+        tags = client().get_run(run_id).data.tags
+    except MlflowException:
+        raise UserError(f"{run_id!r} is no folder, and no run in {uri()}") from None
+    if "drawplate.output" not in tags:
+        raise UserError(f"run {run_id} made no artifact: it is a whole execution, or it failed")
+    folder = Path(tags["drawplate.folder"])
+    if not folder.is_dir() or content_hash(folder) != tags["drawplate.output"]:
+        raise Damaged(
+            f"{folder} does not hold what run {run_id} made; check it out or run it again"
+        )
+    return folder
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    r"""Compare every byte of an artifact with its manifest.
+
+    \b
+    Example:
+      drawplate verify models/tuned
+    """
+    from drawplate.core.artifact import verify as compare
+    from drawplate.core.errors import UserError
+
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist or is not a folder")
+    manifest = compare(folder)
+    what = f"{manifest.kind}, {manifest.tree_hash[:12]}"
+    click.echo(f"{folder}: {len(manifest.files)} files are whole ({what})")
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option(
+    "--model", type=click.Path(path_type=Path), default=Path("models/tuned"), show_default=True
+)
+@click.option("--max-new", default=128, show_default=True, help="Most tokens of the answer.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", default=0, show_default=True)
+def generate(prompt: str, model: Path, max_new: int, temperature: float, seed: int) -> None:
+    r"""Answer one PROMPT.
+
+    \b
+    Example:
+      drawplate generate "12 + 34 - 5 = ?"
+    """
+    from flows.talk import Talker
+
+    click.echo(Talker(model)(prompt, max_new, temperature, seed))
+
+
+@cli.command()
+@click.option(
+    "--model", type=click.Path(path_type=Path), default=Path("models/tuned"), show_default=True
+)
+@click.option("--max-new", default=128, show_default=True, help="Most tokens of an answer.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+def chat(model: Path, max_new: int, temperature: float) -> None:
+    r"""Talk to a model; an empty line or Ctrl-D ends it.
+
+    \b
+    Example:
+      drawplate chat --model models/base
+    """
+    from flows.talk import Talker
+
+    talker = Talker(model)
+    for line in talker.greeting():
+        click.echo(line)
+    number = 0
+    while True:
+        try:
+            prompt = click.prompt(">", prompt_suffix=" ", default="", show_default=False)
+        except click.Abort:
+            return
+        if not prompt:
+            return
+        click.echo(talker(prompt, max_new, temperature, number))
+        number += 1
+
+
+@cli.command()
+def report() -> None:
+    r"""Print the summary table and where the report, the model and the MLflow UI are.
+
+    \b
+    Example:
+      drawplate report
+    """
+    from flows.local import summary
+
+    click.echo(summary(Path.cwd()))
+
+
+def main() -> None:
+    """The console script."""
+    quiet_environment()
+    sys.exit(guarded(lambda: cli.main(standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

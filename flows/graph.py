@@ -1,0 +1,144 @@
+"""The pipeline as DVC sees it: its stages in order, and running one of them or all."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from stages.quiet import quiet_environment
+
+Status = Literal["ran", "cached", "unchanged"]
+
+
+class Node(NamedTuple):
+    """A stage of dvc.yaml."""
+
+    name: str
+    upstream: tuple[str, ...]
+    meta: dict[str, Any]
+
+
+class Repro(NamedTuple):
+    """What one call of `dvc repro` did."""
+
+    statuses: dict[str, Status]
+    code: int
+    tail: str
+    """The last lines that were printed, for an error message."""
+
+
+def nodes(root: Path) -> list[Node]:
+    """Stages of `root`'s dvc.yaml, each after everything it needs."""
+    quiet_environment()
+    import networkx
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        graph = repo.index.graph
+        return [
+            Node(
+                stage.name,
+                tuple(sorted(up.name for up in graph.successors(stage))),
+                stage.meta or {},
+            )
+            for stage in networkx.dfs_postorder_nodes(graph)
+        ]
+
+
+_RAN = re.compile(r"^Running stage '([^']+)'")
+_CACHED = re.compile(r"^Stage '([^']+)' is cached - skipping run")
+_UNCHANGED = re.compile(r"^Stage '([^']+)' didn't change, skipping")
+_NOISE = re.compile(
+    r"^(> |$|Updating lock file|Generating lock file|To track the changes|\s+git add"
+    r"|To enable auto staging|\s+dvc config|Use `dvc push`|Data and pipelines are up to date)"
+)
+
+
+def repro(
+    root: Path,
+    targets: Sequence[str] = (),
+    *,
+    single: bool = False,
+    environment: dict[str, str] | None = None,
+    line: Callable[[str], None] = print,
+) -> Repro:
+    """Runs `dvc repro`, passing its lines on as they come.
+
+    The whole process group ends with this call, however it ends: a stage that outlived its `dvc`
+    would write beside the next run.
+
+    Args:
+        root: folder of dvc.yaml.
+        targets: stages; all where empty.
+        single: exactly the targets, nothing upstream of them.
+        environment: added to that of this process.
+        line: given each line that is worth showing.
+    """
+    quiet_environment()
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
+    if single:
+        command.append("--single-item")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    statuses: dict[str, Status] = {}
+    tail: list[str] = []
+    try:
+        assert process.stdout is not None
+        for text in process.stdout:
+            text = text.rstrip("\n")
+            for pattern, status in ((_RAN, "ran"), (_CACHED, "cached"), (_UNCHANGED, "unchanged")):
+                found = pattern.match(text)
+                if found:
+                    statuses[found[1]] = status  # type: ignore[assignment]
+            if not _NOISE.match(text):
+                line(text)
+                tail = [*tail[-19:], text]
+        code = process.wait()
+    except BaseException:
+        end_group(process)
+        raise
+    return Repro(statuses, code, "\n".join(tail))
+
+
+def end_group(process: subprocess.Popen[str], grace: float = 10) -> None:
+    """Asks a process group to end, so that stages can save, and ends it after `grace` seconds."""
+    for sign, patience in ((signal.SIGINT, grace), (signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            return
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            process.poll()
+            if not _group_alive(process.pid):
+                return
+            time.sleep(0.1)
+
+
+def _group_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def new_execution() -> str:
+    """An id for one execution of the pipeline: when it began, and which process began it."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

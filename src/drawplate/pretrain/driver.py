@@ -1,0 +1,82 @@
+"""Training a decoder from scratch on a corpus, or adopting one that fits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from drawplate.core import hf
+from drawplate.core.batches import Rows
+from drawplate.core.corpus import Corpus
+from drawplate.core.errors import UserError
+from drawplate.core.progress import Watch, silent
+from drawplate.model import build
+from drawplate.pretrain import Pretrain
+from drawplate.train.language import NextToken
+from drawplate.train.loop import Outcome, train
+from drawplate.train.loss import check_head
+
+
+class Pretrained(NamedTuple):
+    """A decoder with the tokenizer it reads, and how training went (None where it was adopted)."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    outcome: Outcome | None
+
+
+def pretrain(params: Pretrain, corpus: Corpus, work: Path, watch: Watch = silent) -> Pretrained:
+    """A decoder for `corpus`: trained, or adopted and checked.
+
+    Raises:
+        UserError: the corpus does not fit the rows or the adopted model.
+        NotFinite: training diverged and the guard gave up.
+    """
+    if params.adopt is not None:
+        return adopt(params.adopt, corpus)
+    if params.model.context < params.length:
+        raise UserError(
+            f"pretrain.length {params.length} is longer than pretrain.model.context "
+            f"{params.model.context}; raise the context or shorten the rows"
+        )
+    model = build(params.model, corpus.vocabulary, corpus.end, corpus.pad, params.seed)
+    check_head(model)
+    rows = Rows(
+        corpus,
+        batch=params.batch,
+        length=params.length,
+        steps=params.training.steps,
+        seed=params.seed,
+        mix=params.mix,
+        learn_prompts=params.learn_prompts,
+    )
+    identity = params.model_dump(mode="json", exclude={"training", "adopt"})
+    task = NextToken(rows, {"corpus": hf_id(corpus), **identity})
+    model.train()
+    outcome = train(model, task, params.training, work, watch)
+    return Pretrained(model.eval(), corpus.tokenizer, outcome)
+
+
+def hf_id(corpus: Corpus) -> str:
+    """What tells this corpus from others: its manifest's hash, or its facts where it has none."""
+    from drawplate.lineage import content_hash
+
+    return content_hash(corpus.folder)
+
+
+def adopt(folder: Path, corpus: Corpus) -> Pretrained:
+    """The decoder in `folder` with its own tokenizer, which the corpus must have been cut with.
+
+    Raises:
+        UserError: the folder holds no decoder, or the corpus was tokenized otherwise.
+    """
+    model = hf.load(folder)
+    tokenizer = hf.load_tokenizer(folder)
+    if tokenizer.get_vocab() != corpus.tokenizer.get_vocab():
+        raise UserError(
+            f"{folder} reads other tokens than the corpus {corpus.folder} was cut with; "
+            f"set prepare.tokenizer to {folder} and run prepare again"
+        )
+    return Pretrained(model, tokenizer, None)

@@ -1,0 +1,26 @@
+"""All sections of params.yaml at once, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from drawplate import settings
+from drawplate.core.errors import UserError
+from stages.run import Execution, names
+
+
+def check(tree: Mapping[str, Any]) -> None:
+    """Raises `UserError` for the first thing that is wrong in any section."""
+    known = {*names(), "execution"}
+    for section in tree:
+        if section not in known:
+            near = settings.nearest(section, known)
+            raise UserError(
+                f"{section!r} is no section{near}; there are: {', '.join(sorted(known))}"
+            )
+    for name in names():
+        stage = getattr(import_module(f"stages.{name}"), name)
+        settings.validate(stage.params, tree.get(name), name)
+    settings.validate(Execution, tree.get("execution"), "execution")

@@ -1,0 +1,32 @@
+"""Stage 1: raw sources -> corpus (tokens, tokenizer, task sets, reports)."""
+
+from __future__ import annotations
+
+import json
+
+from drawplate.core.method import Frozen
+from drawplate.data.prepare import Prepare, PrepareReport
+from drawplate.data.prepare import prepare as make
+from stages.run import Run, Stage, main
+
+
+class Inputs(Frozen):
+    """Sources are named by the parameters."""
+
+
+def body(params: Prepare, inputs: Inputs, run: Run) -> PrepareReport:
+    """Writes the corpus; raises where held-out problems occur in training text."""
+    report = make(params, run.folder, run.part("prepare"))
+    facts = json.loads((run.folder / "corpus.json").read_bytes())
+    run.sources |= {
+        f"{number} {source['name']}": json.dumps(source["origin"], sort_keys=True)
+        for number, source in enumerate(facts["sources"])
+    }
+    run.artifacts += ["contamination.json", "corpus.json"]
+    return report
+
+
+prepare = Stage("prepare", Prepare, Inputs, body, "corpus")
+
+if __name__ == "__main__":
+    main(prepare, "Text and reasoning problems -> tokens, tokenizer, task sets.")

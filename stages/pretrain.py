@@ -1,0 +1,55 @@
+"""Stage 2: corpus -> a decoder trained from scratch, or adopted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from drawplate.core import hf
+from drawplate.core.corpus import Corpus
+from drawplate.core.method import Frozen
+from drawplate.pretrain import Pretrain
+from drawplate.pretrain.driver import pretrain as make
+from stages.run import Run, Stage, main, write_history
+
+
+class Inputs(Frozen):
+    """What the stage reads."""
+
+    corpus: Path = Field(description="Folder that prepare wrote.")
+
+
+class Report(Frozen):
+    """Figures of a trained or adopted decoder."""
+
+    parameters: int
+    stored_bytes: int
+    steps: int
+    skipped_steps: int
+    loss: float | None
+
+
+def body(params: Pretrain, inputs: Inputs, run: Run) -> Report:
+    """Trains or adopts, and writes a Hugging Face folder."""
+    model, tokenizer, outcome = make(params, Corpus(inputs.corpus), run.work, run.part("pretrain"))
+    hf.save(model, run.folder, tokenizer)
+    if params.adopt is not None:
+        from drawplate.lineage import content_hash
+
+        run.sources["adopt"] = content_hash(params.adopt)
+    if outcome is not None:
+        write_history(run, "pretrain", outcome.metrics)
+    return Report(
+        parameters=sum(p.numel() for p in model.parameters()),
+        stored_bytes=hf.stored_bytes(model),
+        steps=outcome.steps if outcome else 0,
+        skipped_steps=outcome.skipped if outcome else 0,
+        loss=outcome.last["loss"] if outcome else None,
+    )
+
+
+pretrain = Stage("pretrain", Pretrain, Inputs, body, "model")
+
+if __name__ == "__main__":
+    main(pretrain, "Corpus -> a decoder trained from scratch, or `adopt: FOLDER`.")

@@ -1,0 +1,54 @@
+"""What must be settled before any heavy library is imported, and how a command ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def quiet_environment() -> None:
+    """No tool phones home or draws bars; set before any of them is imported."""
+    for name, value in {
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DVC_NO_ANALYTICS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def guarded(entry: Callable[[], Any]) -> int:
+    """Runs a command: errors a user can act on are one line, and the exit code says their kind.
+
+    2 user error, 3 damaged artifact, 4 a resource ran out, 5 training diverged, 130 interrupted.
+    """
+    try:
+        entry()
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 0
+    except click.ClickException as error:
+        print(f"drawplate: {error.format_message()}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print(
+            "drawplate: interrupted; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+    except Exception as error:
+        # Our errors can only have been raised if their module, which is heavy to import, is there.
+        errors = sys.modules.get("drawplate.core.errors")
+        if errors is None or not isinstance(error, errors.DrawplateError):
+            raise
+        print(f"drawplate: {error}", file=sys.stderr)
+        return int(error.code)
+    return 0

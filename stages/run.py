@@ -1,0 +1,456 @@
+"""What every stage shares: inputs checked, one writer, progress, lineage, MLflow, a clean exit."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+import click
+from pydantic import Field
+
+from drawplate.core.errors import DrawplateError, Exhausted, UserError
+from drawplate.core.method import Frozen
+from stages.quiet import guarded, quiet_environment
+from stages.tracking import Facts, Tracker, flat
+
+STATE = ".drawplate"
+P = TypeVar("P", bound=Frozen)
+I = TypeVar("I", bound=Frozen)  # noqa: E741
+R = TypeVar("R", bound=Frozen)
+
+
+class Execution(Frozen):
+    """How a stage runs, not what it makes: never part of its identity."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of torch; all cores where it is null. The bytes of a result depend on it."""
+    device: str = "cpu"
+    """Where tensors live: cpu, cuda, cuda:1, ..."""
+    tracking: bool = True
+    """Whether runs are logged to MLflow."""
+
+
+@dataclass
+class Run:
+    """What a stage's body is given besides its parameters and inputs."""
+
+    folder: Path
+    """Where the output is written; it becomes the output when the body returns."""
+    work: Path
+    """What must survive a crash; the same folder for the same parameters and inputs."""
+    execution: Execution
+    stage: str
+    tracker: Tracker | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+    """Raw inputs that have no folder: name -> digest; the body fills it."""
+    artifacts: list[str] = field(default_factory=list)
+    """Files of the output that MLflow shows; the body fills it."""
+    _shown: float = 0.0
+
+    def part(self, label: str) -> Callable[[int, int, Mapping[str, float]], None]:
+        """A watch that shows and logs the steps of one part of the stage, `label`."""
+
+        def watch(step: int, total: int, metrics: Mapping[str, float]) -> None:
+            if self.tracker is not None:
+                self.tracker.point(
+                    step, {f"{label}.{key}": value for key, value in metrics.items()}
+                )
+            self._show(label, step, total, metrics)
+
+        return watch
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        print(f"[{self.stage}] {text}", file=sys.stderr, flush=True)
+
+    def _show(self, label: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if step < total and now - self._shown < 5:
+            return
+        self._shown = now
+        shown = "  ".join(_figure(key, value) for key, value in metrics.items() if key in _SHOWN)
+        self.say(f"{label} {step}/{total}  {shown}".rstrip())
+
+
+_SHOWN = {
+    "loss": "loss {:.3f}",
+    "reward": "reward {:.2f}",
+    "length": "length {:.0f}",
+    "truncated": "truncated {:.0%}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "eta": "{} left",
+}
+
+
+def _figure(key: str, value: float) -> str:
+    if key == "eta":
+        return _SHOWN[key].format(f"{int(value) // 60}:{int(value) % 60:02d}")
+    return _SHOWN[key].format(value)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[P, I, R]):
+    """A typed function from parameters and input folders to an output folder and a report."""
+
+    name: str
+    params: type[P]
+    inputs: type[I]
+    """Its fields are the roles of input folders, each a `Path`."""
+    body: Callable[[P, I, Run], R]
+    kind: str
+    """Kind of artifact that the output is: corpus, model or report."""
+
+    def __call__(
+        self,
+        params: P,
+        inputs: I,
+        out: Path,
+        *,
+        metrics: Path | None = None,
+        record: Path | None = None,
+        execution: Execution | None = None,
+    ) -> R:
+        """Makes `out`, all of it or nothing; an interrupted call goes on when it is repeated.
+
+        Args:
+            params: typed parameters of this stage.
+            inputs: folders that the stage reads.
+            out: folder to make; an artifact of that name is replaced at once, at the end.
+            metrics: where to write the report's figures as JSON.
+            record: where to write who ran this, when, and under which ids.
+            execution: how to run.
+        """
+        from drawplate import lineage
+        from drawplate.core.artifact import publish, read_manifest
+
+        execution = execution or Execution()
+        threads = _threads(execution)
+        folders: dict[str, Path] = {k: v for k, v in inputs if v is not None}
+        node = lineage.Node(
+            stage=self.name,
+            params=params.model_dump(mode="json"),
+            environment=lineage.environment(threads),
+        )
+        trail = lineage.trace(node, folders)
+        key = hashlib.sha256(trail.node.model_dump_json().encode()).hexdigest()[:16]
+        state = out.resolve().parent / STATE
+        work = state / f"{self.name}-{key}"
+        with _only_one(state / f"{out.name}.lock", out):
+            work.mkdir(parents=True, exist_ok=True)
+            tracker = _tracker(self.name, trail, out, work) if execution.tracking else None
+            started = time.time()
+            try:
+                with publish(out, self.kind) as folder:
+                    run = Run(folder, work, execution, self.name, tracker)
+                    report = self.body(params, inputs, run)
+                    if run.sources:
+                        sourced = trail.node.model_copy(update={"sources": run.sources})
+                        trail = trail.model_copy(update={"node": sourced})
+                    lineage.write(trail, folder)
+                digest = read_manifest(out).tree_hash
+            except BaseException as error:
+                if tracker is not None:
+                    tracker.finish(
+                        "KILLED" if _was_stopped(error) else "FAILED",
+                        metrics={},
+                        tags={"drawplate.error": str(error)[:500] or type(error).__name__},
+                        artifacts=[],
+                    )
+                raise
+            seconds = time.time() - started
+            figures = {k: v for k, v in flat(report.model_dump()).items() if _is_number(v)}
+            run_id = None
+            if tracker is not None:
+                tracker.finish(
+                    "FINISHED",
+                    metrics=figures | {"seconds": seconds},
+                    tags={"drawplate.output": digest, "drawplate.kind": self.kind},
+                    artifacts=[out / name for name in [*run.artifacts, lineage.FILE]],
+                )
+                run_id = tracker.run_id
+                if tracker.problem is not None:
+                    run.say(f"MLflow did not take everything: {_first_line(tracker.problem)}")
+            if metrics is not None:
+                _write_json(metrics, figures)
+            if record is not None:
+                _write_json(record, _record(self.name, out, digest, run_id, started, seconds))
+            _clear(work)
+        run.say(f"{out} is ready ({seconds:.0f} s)")
+        return report
+
+
+def _was_stopped(error: BaseException) -> bool:
+    signals = isinstance(error, DrawplateError) and error.code > 128
+    return signals or isinstance(error, KeyboardInterrupt | SystemExit)
+
+
+def _record(
+    stage: str, out: Path, digest: str, run_id: str | None, started: float, seconds: float
+) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "output": out.as_posix(),
+        "hash": digest,
+        "mlflow_run": run_id,
+        "prefect_run": os.environ.get("PREFECT__FLOW_RUN_ID"),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "started": started,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _threads(execution: Execution) -> int:
+    import torch
+
+    if execution.threads is not None:
+        torch.set_num_threads(execution.threads)
+    return torch.get_num_threads()
+
+
+def _tracker(stage: str, trail: Any, out: Path, work: Path) -> Tracker:
+    facts = Facts(
+        stage=stage,
+        params=trail.node.params,
+        inputs=trail.node.parents,
+        output=out.as_posix(),
+        tags={
+            "git.commit": _git("rev-parse", "HEAD"),
+            "drawplate.folder": str(out.resolve()),
+            **_dvc_tags(stage),
+            **{f"environment.{k}": v for k, v in trail.node.environment.items()},
+        },
+        execution=execution_id(),
+    )
+    tracker = Tracker(facts, work)
+    tracker.start()
+    return tracker
+
+
+def execution_id() -> str:
+    """What stages of one pipeline execution have in common.
+
+    `DRAWPLATE_EXECUTION` where the caller sets it, else the process group: one `dvc repro` has one.
+    """
+    given = os.environ.get("DRAWPLATE_EXECUTION")
+    if given:
+        return given
+    group = os.getpgrp()
+    try:
+        born = Path(f"/proc/{group}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        born = "0"
+    return f"group-{group}-{born}"
+
+
+def _dvc_tags(stage: str) -> dict[str, str]:
+    """DVC's hashes of this stage's inputs, where DVC started it."""
+    lock = Path("dvc.lock")
+    if os.environ.get("DVC_STAGE") != stage or not lock.exists():
+        return {}
+    from drawplate.settings import parse
+
+    stages: dict[str, Any] = (parse(lock.read_text(), "dvc.lock") or {}).get("stages", {})
+    made = {out["path"]: out["md5"] for entry in stages.values() for out in entry.get("outs", [])}
+    return {f"dvc.dep.{path}": md5 for path, md5 in made.items()}
+
+
+@contextmanager
+def _only_one(lock: Path, out: Path) -> Iterator[None]:
+    """Holds `lock`; `Exhausted` says who holds it where somebody does."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Exhausted(
+                f"{out} is being made by process {file.read().strip()}; wait for it or stop it"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _clear(work: Path) -> None:
+    """What a finished stage leaves in its work folder is not needed any more."""
+    import shutil
+
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _die_with_parent() -> None:
+    """Under DVC: a stage whose `dvc` is gone must not go on writing."""
+    if os.environ.get("DVC_STAGE") and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def prepare_process() -> None:
+    """Quiet libraries, one way to be interrupted, no process left behind."""
+    quiet_environment()
+    signal.signal(signal.SIGTERM, _terminated)
+    _die_with_parent()
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _terminated(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def settings_for(
+    stage: Stage[Any, Any, Any], file: Path | None, presets: Sequence[str], changes: Sequence[str]
+) -> tuple[Any, Execution]:
+    """A stage's parameters and execution settings: params.yaml, then presets, then `-S`."""
+    from drawplate import settings
+
+    tree = settings.read(file) if file is not None else {}
+    for name in presets:
+        tree = settings.merge(tree, settings.preset(name))
+    tree = settings.override(tree, changes)
+    known = {*names(), "execution"}
+    for section in tree:
+        if section not in known:
+            near = settings.nearest(section, known)
+            raise UserError(
+                f"{section!r} is no section{near}; there are: {', '.join(sorted(known))}"
+            )
+    params = settings.validate(stage.params, tree.get(stage.name), stage.name)
+    return params, settings.validate(Execution, tree.get("execution"), "execution")
+
+
+def device_of(run: Run) -> Any:
+    """The device that `execution.device` names.
+
+    Raises:
+        UserError: torch knows no such device, or this machine lacks it.
+    """
+    import torch
+
+    name = run.execution.device
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"execution.device {name!r}: {_first_line(error)}") from None
+    return device
+
+
+def write_history(run: Run, part: str, series: Path) -> None:
+    """Keeps a training series, without what clocks wrote, as `history-<part>.jsonl`."""
+    from drawplate.train.series import read
+
+    name = f"history-{part}.jsonl"
+    lines = [json.dumps(row, sort_keys=True) for row in read(series)]
+    (run.folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    run.artifacts.append(name)
+
+
+def write_ledger(run: Run, ledger: Frozen) -> None:
+    """Keeps what was done to each layer as `ledger.json` in the output."""
+    text = json.dumps(ledger.model_dump(mode="json"), indent=1, sort_keys=True)
+    (run.folder / "ledger.json").write_text(text + "\n", encoding="utf-8")
+    run.artifacts.append("ledger.json")
+
+
+def names() -> tuple[str, ...]:
+    """The stages in the order in which a model goes through them."""
+    return ("prepare", "pretrain", "compress", "quantize", "finetune", "evaluate")
+
+
+def command(stage: Stage[Any, Any, Any], doc: str) -> click.Command:
+    """The command line of one stage: its inputs as options, `--out`, `-S`, `--preset`."""
+    roles = [
+        click.Option(
+            [f"--{role.replace('_', '-')}"],
+            required=information.is_required(),
+            multiple="tuple" in str(information.annotation),
+            type=click.Path(path_type=Path),
+            help=information.description,
+        )
+        for role, information in stage.inputs.model_fields.items()
+    ]
+    common = [
+        click.Option(
+            ["--out"], required=True, type=click.Path(path_type=Path), help="Folder to make."
+        ),
+        click.Option(
+            ["--params", "file"],
+            type=click.Path(path_type=Path),
+            help="File of parameters; without it every parameter has its default.",
+        ),
+        click.Option(
+            ["--preset", "presets"], multiple=True, help="Settings of a paper, such as rl/dler."
+        ),
+        click.Option(
+            ["-S", "changes"],
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="One parameter, by dotted key.",
+        ),
+        click.Option(
+            ["--metrics"], type=click.Path(path_type=Path), help="Where figures go, as JSON."
+        ),
+        click.Option(["--record"], type=click.Path(path_type=Path), help="Where ids and times go."),
+    ]
+
+    def call(
+        out: Path,
+        file: Path | None,
+        presets: tuple[str, ...],
+        changes: tuple[str, ...],
+        metrics: Path | None,
+        record: Path | None,
+        **roles: Any,
+    ) -> None:
+        params, execution = settings_for(stage, file, presets, changes)
+        inputs = stage.inputs(**roles)
+        prepare_process()
+        stage(params, inputs, out, metrics=metrics, record=record, execution=execution)
+
+    return click.Command(stage.name, params=[*roles, *common], callback=call, help=doc)
+
+
+def main(stage: Stage[Any, Any, Any], doc: str) -> NoReturn:
+    """`python -m stages.<name>`: reads params.yaml of the current folder unless told otherwise."""
+    arguments = sys.argv[1:]
+    if "--params" not in arguments and "--help" not in arguments:
+        arguments = ["--params", "params.yaml", *arguments]
+    sys.exit(guarded(lambda: command(stage, doc).main(arguments, standalone_mode=False)))

@@ -106,7 +106,7 @@ def pipeline(root: Path | None = None, targets: list[str] | None = None) -> list
     execution = new_execution()
     futures: dict[str, Any] = {}
     for node in order:
-        futures[node.name] = run_stage.submit(
+        futures[node.name] = run_stage.submit(  # type: ignore[call-overload]
             StageRequest(name=node.name, root=root, execution=execution),
             wait_for=[futures[name] for name in node.upstream],
         )

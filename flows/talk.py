@@ -13,8 +13,11 @@ class Talker:
 
         prepare_process()
         from drawplate.core import hf
+        from drawplate.lineage import read
 
         self.folder = folder
+        trail = read(folder)
+        self.ours = any(node.stage == "prepare" for node in trail.ancestors.values())
         self.model = hf.load(folder)
         self.tokenizer = hf.load_tokenizer(folder)
 
@@ -26,11 +29,12 @@ class Talker:
         ]
 
     def __call__(self, prompt: str, max_new: int, temperature: float, seed: int) -> str:
-        """The answer to one prompt, which is put in the form that training used."""
+        """The answer to one prompt, asked as in training where drawplate trained the model."""
         from drawplate.data.task import asked
         from drawplate.model.sample import sample
 
-        ids = self.tokenizer(asked(prompt), add_special_tokens=False)["input_ids"]
+        text = asked(prompt) if self.ours else prompt
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         answer = sample(
             self.model,
             [ids],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from drawplate import settings
 from drawplate.core.errors import UserError
+from stages.quiet import guarded
 from stages.run import Execution, names
 
 
@@ -24,3 +27,8 @@ def check(tree: Mapping[str, Any]) -> None:
         stage = getattr(import_module(f"stages.{name}"), name)
         settings.validate(stage.params, tree.get(name), name)
     settings.validate(Execution, tree.get("execution"), "execution")
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1] if len(sys.argv) > 1 else "params.yaml")
+    sys.exit(guarded(lambda: check(settings.read(file))))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drawplate.compress.recover import Recover, recover
 from pydantic import Field
 
+from drawplate import edits
 from drawplate.compress.driver import Compress as Family
 from drawplate.compress.driver import compress as shrink
+from drawplate.compress.recover import Recover, recover
 from drawplate.core import hf
 from drawplate.core.calibration import Calibration, open_corpus
 from drawplate.core.method import Frozen
@@ -44,6 +45,7 @@ class Report(Frozen):
 def body(params: Compress, inputs: Inputs, run: Run) -> Report:
     """Compresses, trains what is left, and writes a Hugging Face folder."""
     model = hf.load(inputs.model).to(device_of(run))
+    earlier = edits.of(model)
     tokenizer = hf.load_tokenizer(inputs.model)
     corpus = open_corpus(inputs.corpus, tokenizer)
     rows = params.calibration.tokens(corpus)
@@ -54,6 +56,7 @@ def body(params: Compress, inputs: Inputs, run: Run) -> Report:
         parent = hf.load(inputs.model).to(device_of(run))
         outcome = recover(model, parent, corpus, params.recover, run.work, run.part("recover"))
         write_history(run, "recover", outcome.metrics)
+    edits.still(model, earlier)
     hf.save(model.cpu(), run.folder, tokenizer)
     return Report(
         bytes_before=ledger.bytes_before,

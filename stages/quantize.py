@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from drawplate import edits
 from drawplate.core import hf
 from drawplate.core.calibration import Calibration, open_corpus
 from drawplate.core.method import Frozen
@@ -41,10 +42,12 @@ class Report(Frozen):
 def body(params: Quantize, inputs: Inputs, run: Run) -> Report:
     """Quantizes and writes a Hugging Face folder."""
     model = hf.load(inputs.model).to(device_of(run))
+    earlier = edits.of(model)
     tokenizer = hf.load_tokenizer(inputs.model)
     rows = params.calibration.tokens(open_corpus(inputs.corpus, tokenizer))
     ledger = pack(model, rows, params, run.work / "blocks", run.part("quantize"))
     write_ledger(run, ledger)
+    edits.still(model, earlier)
     hf.save(model.cpu(), run.folder, tokenizer)
     errors = [row.activation_error for row in ledger.layers if row.activation_error is not None]
     return Report(

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from drawplate.core.errors import DrawplateError, Exhausted, UserError
 from drawplate.core.method import Frozen
+from drawplate.core.progress import Watch
 from stages.quiet import guarded, quiet_environment
 from stages.tracking import Facts, Tracker, flat
 
@@ -59,7 +60,7 @@ class Run:
     """Files of the output that MLflow shows; the body fills it."""
     _shown: float = 0.0
 
-    def part(self, label: str) -> Callable[[int, int, Mapping[str, float]], None]:
+    def part(self, label: str) -> Watch:
         """A watch that shows and logs the steps of one part of the stage, `label`."""
 
         def watch(step: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -137,7 +138,7 @@ class Stage(Generic[P, I, R]):
 
         execution = execution or Execution()
         threads = _threads(execution)
-        folders: dict[str, Path] = {k: v for k, v in inputs if v is not None}
+        folders = _folders(inputs)
         node = lineage.Node(
             stage=self.name,
             params=params.model_dump(mode="json"),
@@ -189,6 +190,19 @@ class Stage(Generic[P, I, R]):
             _clear(work)
         run.say(f"{out} is ready ({seconds:.0f} s)")
         return report
+
+
+def _folders(inputs: Frozen) -> dict[str, Path]:
+    """Role -> folder; where a role takes several folders, each has its own name as its role."""
+    found: dict[str, Path] = {}
+    for role, value in inputs:
+        several = isinstance(value, tuple)
+        for folder in value if several else (value,):
+            name = folder.name if several else role
+            if name in found:
+                raise UserError(f"two inputs are called {name!r}; give folders of different names")
+            found[name] = folder
+    return found
 
 
 def _was_stopped(error: BaseException) -> bool:

@@ -214,7 +214,19 @@ def test_materialized_changes_no_bit_and_leaves_nothing():
     before = model(ids).logits
     with edits.materialized(model):
         assert torch.equal(model(ids).logits, before)
-    assert all(m.dense is None for m in model.modules() if isinstance(m, edits.Packed))
+    assert all(m.dense is None for m in model.modules() if isinstance(m, edits.StandIn))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_materialized_as_a_whole_is_the_same_up_to_rounding(kind):
+    model, ids = tiny.model(kind), tiny.tokens(2, 8)
+    everything(model)
+    before = model(ids).logits
+    with edits.materialized(model, whole=True):
+        inner = [m for m in model.modules() if isinstance(m, edits.StandIn) and m.dense is None]
+        assert inner  # what lies inside another stand-in needs no matrix of its own
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_gradients_reach_factors_values_scales_and_adapters():

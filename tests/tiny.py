@@ -40,10 +40,14 @@ CONFIGS = {
 }
 
 
-def model(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
+def model(
+    kind: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY, context: int = 64
+) -> PreTrainedModel:
     """A random decoder in float32 and evaluation mode; its weights are large enough to matter."""
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    config = CONFIGS[kind]()
+    config.vocab_size, config.max_position_embeddings = vocabulary, context
+    made = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim == 2:

@@ -53,7 +53,7 @@ def override(tree: Mapping[str, Any], assignments: Sequence[str]) -> Tree:
     Raises:
         UserError: an assignment has no `=`, or a part of its key is not a section.
     """
-    changed = _copy(tree)
+    changed: Tree = _copy(tree)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
@@ -103,7 +103,7 @@ def _index(here: list[Any], part: str, key: str) -> int:
 
 def merge(tree: Mapping[str, Any], differences: Mapping[str, Any]) -> Tree:
     """`differences` laid over `tree`; a section that names another method replaces the old one."""
-    merged = _copy(tree)
+    merged: Tree = _copy(tree)
     for key, value in differences.items():
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, dict):

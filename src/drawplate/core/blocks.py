@@ -123,7 +123,7 @@ def _first_inputs(
 
     handle = first.register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        for chunk in tokens.split(batch):
+        for chunk in torch.split(tokens, batch):
             try:
                 model(input_ids=chunk.to(edits.placement(model)["device"]), use_cache=False)
             except _Reached:
@@ -212,7 +212,7 @@ def _visit_head(
     module = cast("Any", model).get_output_embeddings()
     (path,) = (path for path, other in model.named_modules() if other is module)
     with _listening({path: module}, needs) as records:
-        for chunk in tokens.split(batch):
+        for chunk in torch.split(tokens, batch):
             model(input_ids=chunk.to(edits.placement(model)["device"]), use_cache=False)
     outcome = visit(-1, [Site(path, module, records()[path])])
     _apply(model, outcome, work, number)

@@ -14,7 +14,13 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -126,9 +132,16 @@ def load_tokenizer(folder: Path | str) -> Any:
     Raises:
         UserError: the folder holds none.
     """
-    if not (Path(folder) / "tokenizer.json").is_file():
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no tokenizer.json beside the model")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text())["tokenizer_class"] if settings.is_file() else None
+    # A generic tokenizer is taken as it stands: the automatic choice goes by the model's type and
+    # would put that type's special tokens into it.
+    generic = named in {"PreTrainedTokenizerFast", "TokenizersBackend"}
+    kind = PreTrainedTokenizerFast if generic else AutoTokenizer
+    return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def save(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:

@@ -25,15 +25,30 @@ Linear = nn.Linear | Conv1D
 
 
 class StandIn(nn.Module):
-    """Base of the modules that stand in for a linear layer: y = x matrix()^T + bias."""
+    """Base of the modules that stand in for a linear layer: y = x matrix()^T + bias.
+
+    `dense` holds that matrix inside `materialized`; otherwise every forward computes with what is
+    stored, so that memory holds that alone.
+    """
 
     in_features: int
     out_features: int
     bias: nn.Parameter | None
+    dense: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        if self.dense is None:
+            return self.compute(x)
+        return nn.functional.linear(x, self.dense.to(x.dtype), self.bias)
+
+    @abstractmethod
+    def compute(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O], with what is stored."""
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """The dense weight that this module amounts to, [O, I], differentiable in its parameters."""
+        """The dense weight that this amounts to, [O, I], differentiable in its parameters."""
 
     @property
     @abstractmethod
@@ -42,40 +57,43 @@ class StandIn(nn.Module):
 
 
 class Packed(StandIn):
-    """A stand-in whose stored form must be decoded before use.
+    """A stand-in whose stored form has to be decoded into the matrix before use."""
 
-    `dense` holds the decoded matrix inside `materialized`, otherwise every forward decodes anew, so
-    that memory holds the packed form alone.
-    """
-
-    dense: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        weight = self.matrix() if self.dense is None else self.dense
-        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.matrix().to(x.dtype), self.bias)
 
 
 @contextmanager
-def materialized(model: nn.Module) -> Iterator[None]:
-    """Inside, packed modules keep their decoded matrix: faster, at the memory of a dense model.
+def materialized(model: nn.Module, whole: bool = False) -> Iterator[None]:
+    """Inside, stand-ins keep their matrix: faster, at the memory of a dense model.
 
-    Only for packed tensors that do not change meanwhile: gradients do not reach them.
+    Packed ones give the same bits as outside. With `whole`, so do factors and adapters, each
+    replaced by the one matrix that they amount to: the same up to rounding. Gradients do not reach
+    what is stored, and changes of it are not seen.
     """
-    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    chosen = _outermost(model, StandIn if whole else Packed)  # type: ignore[type-abstract]
     try:
-        for module in packed:
+        for module in chosen:
             module.dense = module.matrix().detach()
         yield
     finally:
-        for module in packed:
+        for module in chosen:
             module.dense = None
 
 
+def _outermost(module: nn.Module, kind: type[StandIn]) -> list[StandIn]:
+    if isinstance(module, kind):
+        return [module]
+    return [found for child in module.children() for found in _outermost(child, kind)]
+
+
 class Edit(Method):
-    """What stands at one place of a model. Contract: after `install` on an empty skeleton the model's
-    state dict has exactly the names and shapes that were saved.
-    """  # noqa: D205
+    """What stands at one place of a model.
+
+    Contract: after `install` on an empty skeleton, the model's state dict has exactly the names and
+    shapes that were saved.
+    """
 
     module: str
     """Dotted path of the module that is replaced."""
@@ -198,9 +216,8 @@ def apply(model: nn.Module, edit: Edit, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
-                raise UserError(
-                    f"{edit.module}.{name}: {tuple(tensor.shape)} does not fit {tuple(own[name].shape)}"
-                )
+                shapes = f"{tuple(tensor.shape)} does not fit {tuple(own[name].shape)}"
+                raise UserError(f"{edit.module}.{name}: {shapes}")
             own[name].copy_(tensor)
     edit.check(new)
     record(model, (*of(model), edit))
@@ -223,6 +240,19 @@ def check(model: nn.Module) -> None:
         edit.check(located(model, path, adapter))
 
 
+def still(model: nn.Module, earlier: tuple[Edit, ...]) -> None:
+    """The hand-over: `model` has all `earlier` edits, in order, and perhaps more after them.
+
+    Raises:
+        Damaged: an edit of the parent is gone, so the model would not stay compressed.
+    """
+    now = of(model)
+    for number, edit in enumerate(earlier):
+        if number >= len(now) or now[number] != edit:
+            raise Damaged(f"{edit.module}: the parent's edit {edit.name} was lost on the way")
+    check(model)
+
+
 def located(model: nn.Module, path: str, adapter: bool = False) -> nn.Module:
     """The module that an edit at `path` made, also where adapters now stand above it."""
     module = model
@@ -236,8 +266,8 @@ def located(model: nn.Module, path: str, adapter: bool = False) -> nn.Module:
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that may still be edited, by path: plain ones and sparse stand-ins.
 
-    Children of low-rank and sliced stand-ins are among them; quantized ones, adapters and the output
-    head are not.
+    Children of low-rank and sliced stand-ins are among them; quantized ones, adapters and the
+    output head are not.
     """
     from drawplate.edits.adapter import Adapted
     from drawplate.edits.sparse import SparseLinear

@@ -21,11 +21,11 @@ class Adapted(StandIn):
         self.up = linear(self.out_features, rank, None, base)
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Any:  # type: ignore[override]
         """The base's."""
         return self.base.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         return self.base(x) + self.scaling * self.up(self.down(x))  # type: ignore[no-any-return]
 

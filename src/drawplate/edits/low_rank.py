@@ -23,7 +23,7 @@ class LowRankLinear(StandIn):
         """The bias, which the second factor carries."""
         return getattr(self.second, "bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         return self.second(self.first(x))  # type: ignore[no-any-return]
 

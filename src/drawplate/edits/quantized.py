@@ -1,4 +1,4 @@
-"""A linear layer stored as packed codes with one scale, and where the grid has it one zero, a group."""
+"""A linear layer as packed codes, with a scale and perhaps a zero point for each group."""
 
 from typing import Literal
 
@@ -45,15 +45,15 @@ class QuantizedLinear(Packed):
         self.bias = bias_like(old)
 
     def matrix(self) -> Tensor:
-        """[O, I]; weights outside the mask are exactly zero."""
+        """[O, I] in the dtype of the scales; weights outside the mask are exactly zero."""
         codes = unpack(self.codes, self.bits, self.stored)
         shape = (self.out_features, self.in_features)
-        if self.mask is None:
-            return decode(self.levels, codes.view(shape), self.scale, self.zero, self.group)
-        keep = self.keep()
-        full = codes.new_zeros(shape).masked_scatter(keep, codes)
-        dense = decode(self.levels, full, self.scale, self.zero, self.group)
-        return dense * keep
+        if self.mask is not None:
+            codes = codes.new_zeros(shape).masked_scatter(self.keep(), codes)
+        dense = decode(self.levels, codes.view(shape), self.scale, self.zero, self.group)
+        if self.mask is not None:
+            dense = dense * self.keep()
+        return dense.to(self.scale.dtype)
 
     def keep(self) -> Tensor:
         """Bool [O, I]: where weights survive."""
@@ -111,7 +111,10 @@ def tensors(
     bits: int,
     keep: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Codes [O, I], scale and zero [O, groups], levels [2**bits], mask [O, I] -> a `QuantizedLinear`'s."""
+    """What fills a `QuantizedLinear`.
+
+    Codes [O, I], scale and zero [O, groups], levels [2**bits], mask [O, I].
+    """
     stored = codes.flatten() if keep is None else codes[keep]
     filled = {"codes": pack(stored, bits), "scale": scale}
     optional = {"zero": zero, "levels": levels, "mask": None if keep is None else pack_mask(keep)}

@@ -1,6 +1,6 @@
 """A linear layer without some of its rows and columns, stored and computed at its smaller size."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import PositiveInt
@@ -28,7 +28,7 @@ class SlicedLinear(StandIn):
             )
         self.bias = bias_like(old)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]; outputs without a row are the bias, or zero."""
         narrow = x if self._whole(1) else x[..., unpack_mask(self.columns, (self.in_features,))]
         y = self.kept(narrow)
@@ -36,7 +36,7 @@ class SlicedLinear(StandIn):
             y = y.new_zeros(*x.shape[:-1], self.out_features).index_copy(
                 -1, unpack_mask(self.rows, (self.out_features,)).nonzero().squeeze(1), y
             )
-        return y if self.bias is None else y + self.bias
+        return cast("Tensor", y if self.bias is None else y + self.bias)
 
     def _whole(self, axis: int) -> bool:
         return features(self.kept)[axis] == (self.out_features, self.in_features)[axis]

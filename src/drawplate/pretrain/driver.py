@@ -14,6 +14,7 @@ from drawplate.core.errors import UserError
 from drawplate.core.progress import Watch, silent
 from drawplate.model import build
 from drawplate.pretrain import Pretrain
+from drawplate.train.attention import attention_for
 from drawplate.train.language import NextToken
 from drawplate.train.loop import Outcome, train
 from drawplate.train.loss import check_head
@@ -41,7 +42,9 @@ def pretrain(params: Pretrain, corpus: Corpus, work: Path, watch: Watch = silent
             f"pretrain.length {params.length} is longer than pretrain.model.context "
             f"{params.model.context}; raise the context or shorten the rows"
         )
-    model = build(params.model, corpus.vocabulary, corpus.end, corpus.pad, params.seed)
+    model = build(params.model, corpus.vocabulary, params.seed)
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id, settings.pad_token_id = corpus.end, corpus.pad
     check_head(model)
     rows = Rows(
         corpus,
@@ -55,7 +58,8 @@ def pretrain(params: Pretrain, corpus: Corpus, work: Path, watch: Watch = silent
     identity = params.model_dump(mode="json", exclude={"training", "adopt"})
     task = NextToken(rows, {"corpus": hf_id(corpus), **identity})
     model.train()
-    outcome = train(model, task, params.training, work, watch)
+    with attention_for(model, params.length):
+        outcome = train(model, task, params.training, work, watch)
     return Pretrained(model.eval(), corpus.tokenizer, outcome)
 
 

@@ -19,6 +19,21 @@ def shifted(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], last], dim=1)
 
 
+def named(rows: Rows) -> dict[str, Tensor]:
+    """Rows as the loop hands them on: tokens, targets, positions, and how many are learned.
+
+    Positions start again with every document, so that no solution is learned from its place in a
+    row or from the neighbour that packing gave it.
+    """
+    targets = shifted(rows.labels)
+    return {
+        "tokens": rows.input_ids,
+        "targets": targets,
+        "positions": rows.position_ids,
+        "learned": (targets != IGNORE).sum(),
+    }
+
+
 class NextToken:
     """Mean loss over the learned tokens of a batch; which rows a step sees is `rows`' affair."""
 
@@ -27,17 +42,14 @@ class NextToken:
         self.identity = identity
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The rows of `step`, with the number of tokens that are learned."""
-        rows = self.rows(step)
-        targets = shifted(rows.labels)
-        learned = (targets != IGNORE).sum()
-        return {"tokens": rows.input_ids, "targets": targets, "learned": learned}
+        """The rows of `step`."""
+        return named(self.rows(step))
 
     def loss(
         self, model: nn.Module, part: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This part's share of the batch's mean loss, in nats."""
-        losses = causal_losses(model, part["tokens"], part["targets"])
+        losses = causal_losses(model, part["tokens"], part["targets"], part["positions"])
         count = torch.tensor(part["tokens"].numel())
         return losses.sum() / part["learned"].clamp(min=1), {"tokens": count}
 

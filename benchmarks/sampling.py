@@ -1,0 +1,116 @@
+"""Sampling side by side with transformers' `generate`, in processor seconds for the same tokens.
+
+    python benchmarks/sampling.py [--threads 1] [--rounds 5] [--batches 32 256] [--kv-heads 8]
+
+Every prompt is continued by exactly `--new` tokens, sampled at temperature 1 without filters, so
+both sides do the same work. The contenders take turns within each round, hence share whatever else
+the machine does; a ratio is the median over rounds of the ratio within a round. Processor seconds
+are summed over threads. "bf16" is a model cast to bfloat16 on their side, `precision` on ours.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import transformers
+
+from drawplate.model import ModelConfig, build
+from drawplate.model.sample import sample
+
+VOCABULARY = 2048
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--batches", type=int, nargs="+", default=[32, 256])
+    options.add_argument("--heads", type=int, default=8)
+    options.add_argument("--kv-heads", type=int, default=8)
+    options.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    options.add_argument("--new", type=int, default=64, help="tokens drawn after it")
+    options.add_argument("--answers", type=int, default=1, help="rows per distinct prompt")
+    options.add_argument("--batch-size", type=int, default=128, help="rows in flight on our side")
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    transformers.logging.set_verbosity_error()
+
+    config = ModelConfig(heads=given.heads, kv_heads=given.kv_heads)
+    model = build(config, VOCABULARY, 0).eval()
+    half = build(config, VOCABULARY, 0).eval().to(torch.bfloat16)
+    weights = sum(weight.numel() for weight in model.parameters())
+    print(
+        f"{weights / 1e6:.2f} M parameters, {given.heads}/{given.kv_heads} heads, "
+        f"{given.prompt} + {given.new} tokens, {given.answers} row(s) a prompt, "
+        f"{given.threads} thread(s), torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    for batch in given.batches:
+        stream = torch.Generator().manual_seed(batch)
+        shape = batch // given.answers, given.prompt
+        distinct = torch.randint(VOCABULARY, shape, generator=stream)
+        prompts = distinct.repeat_interleave(given.answers, 0)
+        their = partial(theirs, prompts=prompts, new=given.new)
+        our = partial(ours, model, prompts.tolist(), given.new, given.batch_size)
+        contenders: dict[str, Callable[[], None]] = {
+            "generate fp32": partial(their, model),
+            "generate bf16": partial(their, half),
+            "drawplate fp32": partial(our, None),
+            "drawplate bf16": partial(our, torch.bfloat16),
+        }
+        table(batch, given.rounds, contenders)
+
+
+def theirs(model: transformers.PreTrainedModel, prompts: torch.Tensor, new: int) -> None:
+    with torch.inference_mode():
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=new,
+            pad_token_id=0,
+        )
+    assert out.shape == (len(prompts), prompts.shape[1] + new)
+
+
+def ours(
+    model: transformers.PreTrainedModel,
+    prompts: list[list[int]],
+    new: int,
+    batch_size: int,
+    precision: torch.dtype | None,
+) -> None:
+    drawn = sample(model, prompts, max_new=new, end=-1, batch_size=batch_size, precision=precision)
+    assert [len(answer) for answer in drawn.tokens] == [new] * len(prompts)
+
+
+def table(batch: int, rounds: int, contenders: dict[str, Callable[[], None]]) -> None:
+    """Run the contenders in turn, `rounds` times after a warm-up, and print their ratios."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, run in contenders.items():
+            gc.collect()
+            before = time.process_time()
+            run()
+            if turn:
+                seconds[name].append(time.process_time() - before)
+    baselines = [name for name in contenders if name.startswith("generate")]
+    head = "".join(f"{'x ' + base:>18s}" for base in baselines)
+    print(f"\n{f'batch {batch}':16s}{'CPU s':>8s}{head}")
+    for name, own in seconds.items():
+        ratios = "".join(
+            f"{statistics.median(a / b for a, b in zip(seconds[base], own, strict=True)):18.2f}"
+            for base in baselines
+        )
+        print(f"{name:16s}{statistics.median(own):8.2f}{ratios}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Compress: fewer stored bytes, by low rank or by sparsity, to a byte budget."""

@@ -1,0 +1,310 @@
+"""The driver of the compress stage: survey all layers, share out the bytes, solve block by block.
+
+Pass 1 profiles every layer on the model as it came; the allocation then decides on all layers at
+once. Pass 2 walks the blocks again, each on the outputs of the compressed blocks before it. With a
+work folder a run that was killed goes on after the last finished block and ends with the same
+bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from hashlib import sha256
+from math import floor
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, cast
+
+from pydantic import Field, TypeAdapter
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from drawplate import edits
+from drawplate.compress.allocation import Profile
+from drawplate.compress.method import Compression, default, dense
+from drawplate.core.artifact import publish, verify
+from drawplate.core.blocks import Outcome, Site, walk
+from drawplate.core.errors import Damaged, UserError
+from drawplate.core.hf import blocks, stored_bytes
+from drawplate.core.linalg import output_error
+from drawplate.core.method import Frozen, OneOf
+from drawplate.core.progress import Watch, silent
+from drawplate.core.stats import Stats
+from drawplate.train.loop import fingerprint
+
+
+class Compress(Frozen):
+    """What the compress stage is asked to do."""
+
+    ratio: float = Field(0.3, ge=0, lt=1)
+    """Share of the model's stored bytes to remove, embeddings and norms counted among them."""
+    method: Annotated[Compression, OneOf()] = default(Compression, "low_rank")
+    """The family of compression and its parts."""
+    exclude: tuple[str, ...] = ()
+    """Layers left as they are, as shell patterns of their paths, for example "*.down_proj"."""
+    head: bool = False
+    """Whether the output head is compressed too, where it has weights of its own."""
+
+
+class Row(Frozen):
+    """One layer of the ledger."""
+
+    path: str
+    block: int
+    """Number of the decoder block; -1 is the output head."""
+    rows: int
+    columns: int
+    edit: str
+    """Name of the edit, "" where the layer was left as it stands."""
+    units: int
+    """Ranks, or members of each group, that stay."""
+    sparsity: float
+    """Share of the layer's dense matrix that is exactly zero."""
+    weight_error: float
+    """|W - W'|^2 / |W|^2."""
+    activation_error: float
+    """E |(W - W') x|^2 / E |W x|^2 on calibration tokens, x as the compressed model has it."""
+    bytes_before: int
+    bytes_after: int
+    seconds: float = Field(0.0, exclude=True)
+    """Time that solving took; never stored, 0 for blocks taken up from an earlier run."""
+
+
+class Ledger(Frozen):
+    """What the compress stage did."""
+
+    bytes_before: int
+    """Stored bytes of the whole model."""
+    bytes_after: int
+    rows: tuple[Row, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Share of the stored bytes that was removed."""
+        return 1 - self.bytes_after / self.bytes_before
+
+    @property
+    def activation_error(self) -> float:
+        """Mean over the layers that could be changed."""
+        return sum(row.activation_error for row in self.rows) / max(len(self.rows), 1)
+
+
+def compress(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    params: Compress,
+    work: Path | None = None,
+    watch: Watch = silent,
+    batch: int = 8,
+) -> Ledger:
+    """Removes `params.ratio` of the model's stored bytes, in place, and says what was done.
+
+    Args:
+        model: any Hugging Face decoder, also one that was edited before.
+        tokens: [N, T] calibration rows.
+        params: what to do.
+        work: folder for finished blocks, kept apart for each model, tokens and params.
+        watch: told after every block of either pass.
+        batch: calibration rows that run together.
+
+    Raises:
+        UserError: the ratio cannot be reached, an option has no effect, an earlier edit forbids it.
+        NotFinite: weights or activations are NaN or infinite.
+    """
+    _refuse(model, params)
+    method = params.method
+    targets = _targets(model, params)
+    before = stored_bytes(model)
+    own = sum(edits.matrix(module).nbytes for module in targets.values())
+    budget = floor((1 - params.ratio) * before) - (before - own)
+    if work is not None:
+        work = work / _fingerprint(model, tokens, params)
+    plan = None if work is None else _known_plan(work)
+    if plan is None:
+        profiles = _survey(model, tokens, params, targets, _shifted(watch, 0), batch)
+        _affordable(params, profiles, before, budget)
+        plan = method.plan(profiles, budget)
+        if work is not None:
+            with publish(work / "plan", "plan") as folder:
+                (folder / _PLAN).write_bytes(_plans.dump_json(plan))
+
+    def visit(number: int, sites: list[Site]) -> Outcome[Row]:
+        started = perf_counter()
+        chosen = [site for site in sites if site.path in targets]
+        solved = method.changes(chosen, plan)
+        seconds = (perf_counter() - started) / max(len(chosen), 1)
+        changes = [change for each in solved for change in each.changes]
+        new = {path: weight for each in solved for path, weight in each.weights.items()}
+        rows = [_row(number, site, plan, changes, new, seconds) for site in chosen]
+        return Outcome(changes, rows)
+
+    needs = method.reads() | {"gram"}
+    rows = walk(
+        model,
+        tokens,
+        needs,
+        visit,
+        Row,
+        head=params.head,
+        batch=batch,
+        work=work,
+        watch=_shifted(watch, 1),
+    )
+    return Ledger(bytes_before=before, bytes_after=stored_bytes(model), rows=tuple(rows))
+
+
+_PLAN = "plan.json"
+_plans = TypeAdapter(dict[str, int | None])
+
+
+def _refuse(model: PreTrainedModel, params: Compress) -> None:
+    """Checks the hand-over: the edits hold what they promise, and the family can follow them."""
+    edits.check(model)
+    for edit in edits.of(model):
+        if edit.name in params.method.refuses:
+            raise UserError(
+                f"{edit.module} is already {edit.name}: method {params.method.name} cannot follow, "
+                f"it refuses {', '.join(sorted(params.method.refuses))}; give the model from before"
+            )
+
+
+def _targets(model: PreTrainedModel, params: Compress) -> dict[str, nn.Module]:
+    """The layers to compress by path, in the order of the model."""
+    prefix, _ = blocks(model)
+    found = {
+        path: module
+        for path, module in edits.linears(model).items()
+        if path.startswith(f"{prefix}.")
+    }
+    if params.head:
+        head = cast("Any", model).get_output_embeddings()
+        if head.weight is cast("Any", model).get_input_embeddings().weight:
+            raise UserError("compress.head: the output head shares the embedding's weights")
+        found |= {path: module for path, module in model.named_modules() if module is head}
+    for pattern in params.exclude:
+        if not any(fnmatch(path, pattern) for path in found):
+            raise UserError(
+                f"compress.exclude: {pattern!r} matches no linear layer; there are for example "
+                f"{', '.join(list(found)[:3])}"
+            )
+    left = {
+        path: module
+        for path, module in found.items()
+        if not any(fnmatch(path, pattern) for pattern in params.exclude)
+    }
+    if not left:
+        raise UserError("compress: no linear layer is left to compress")
+    return left
+
+
+def _survey(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    params: Compress,
+    targets: Mapping[str, nn.Module],
+    watch: Watch,
+    batch: int,
+) -> list[Profile]:
+    """Profiles of all layers on the model as it came."""
+    profiles: list[Profile] = []
+
+    def visit(number: int, sites: list[Site]) -> Outcome[Row]:
+        profiles.extend(
+            params.method.profiles(number, [site for site in sites if site.path in targets])
+        )
+        return Outcome([], [])
+
+    needs = params.method.surveys()
+    if needs:
+        walk(model, tokens, needs, visit, Row, head=params.head, batch=batch, watch=watch)
+        return profiles
+    prefix, layers = blocks(model)
+    for number in (*range(len(layers)), -1):
+        inside = [path for path in targets if _block(path, prefix) == number]
+        visit(number, [Site(path, targets[path], Stats(count=0)) for path in inside])
+    return profiles
+
+
+def _block(path: str, prefix: str) -> int:
+    """Number of the block that a layer belongs to; -1 outside of the blocks."""
+    inside = path.removeprefix(f"{prefix}.")
+    return -1 if inside == path else int(inside.partition(".")[0])
+
+
+def _affordable(params: Compress, profiles: list[Profile], before: int, budget: int) -> None:
+    """Refuses a ratio that not even the smallest form of every layer reaches."""
+    least = sum(int(profile.bytes[0]) for profile in profiles)
+    if least > budget:
+        fixed = floor((1 - params.ratio) * before) - budget
+        most = floor((1 - (fixed + least) / before) * 10_000) / 10_000
+        raise UserError(
+            f"compress.ratio {params.ratio:g} cannot be reached: method {params.method.name} can "
+            f"remove at most {most:g} of this model's {before} stored bytes, since {fixed} of them "
+            "are embeddings, norms and other parts that it leaves alone"
+        )
+
+
+def _row(
+    number: int,
+    site: Site,
+    plan: Mapping[str, int | None],
+    changes: list[edits.Change],
+    new: Mapping[str, Tensor],
+    seconds: float,
+) -> Row:
+    old = dense(site)
+    now = new.get(site.path, old)
+    mine = [(edit, tensors) for edit, tensors in changes if edit.module == site.path]
+    size = edits.matrix(site.module).nbytes
+    units = plan.get(site.path)
+    return Row(
+        path=site.path,
+        block=number,
+        rows=old.shape[0],
+        columns=old.shape[1],
+        edit=mine[0][0].name if mine else "",
+        units=min(old.shape) if units is None else units,
+        sparsity=float((now == 0).double().mean()),
+        weight_error=_part(float((old - now).double().square().sum()), old.double().square().sum()),
+        activation_error=_part(
+            float(output_error(old - now, site.stats.gram)), output_error(old, site.stats.gram)
+        ),
+        bytes_before=size,
+        bytes_after=sum(t.nbytes for _, tensors in mine for t in tensors.values()) or size,
+        seconds=seconds,
+    )
+
+
+def _part(error: float, whole: Tensor) -> float:
+    """Error as a share of the whole; 0 of nothing is 0."""
+    return error / float(whole) if error else 0.0
+
+
+def _shifted(watch: Watch, which: int) -> Watch:
+    """A watch for pass `which` of two passes of equal length."""
+
+    def shifted(step: int, total: int, metrics: Mapping[str, float]) -> None:
+        watch(which * total + step, 2 * total, metrics)
+
+    return shifted
+
+
+def _known_plan(work: Path) -> dict[str, int | None] | None:
+    """The plan of an earlier run, None where there is nothing whole."""
+    if not (work / "plan").exists():
+        return None
+    try:
+        verify(work / "plan")
+    except Damaged:
+        return None  # made anew and published in its place
+    return _plans.validate_json((work / "plan" / _PLAN).read_bytes())
+
+
+def _fingerprint(model: PreTrainedModel, tokens: Tensor, params: Compress) -> str:
+    """Name of the work of these inputs: finished blocks of any other inputs are never taken up."""
+    digest = sha256(params.model_dump_json(include=set(Compress.model_fields)).encode())
+    digest.update(fingerprint(model).encode())
+    digest.update(f"{tokens.dtype} {tuple(tokens.shape)}".encode())
+    digest.update(tokens.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Text and problems in, a corpus folder out: `drawplate.data.prepare` has the driver."""

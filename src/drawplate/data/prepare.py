@@ -1,0 +1,300 @@
+"""Sources and tasks in; a corpus folder out, with an account of every record that was read.
+
+    read = kept + quarantined + exact duplicates + near-duplicates + contaminated
+
+The steps: read and vet (quarantine.jsonl), drop repeats (duplicates.jsonl), split by hash, make the
+problems, search the training data for held-out problems (contamination.json), train or adopt the
+tokenizer, write the streams. Everything written is a function of the parameters and the sources.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from drawplate.core.corpus import STREAMS, Split, write_facts, write_lines, write_stream
+from drawplate.core.errors import UserError
+from drawplate.core.method import Frozen, OneOf
+from drawplate.core.progress import Watch, silent
+from drawplate.core.seeds import seed_of
+from drawplate.data.baselines import bigram_bits, gzip_bits
+from drawplate.data.contamination import Contaminated, in_problems, in_texts
+from drawplate.data.duplicates import Duplicates, Repeat
+from drawplate.data.source import Bad, Document, Source, vet
+from drawplate.data.task import Problem, Style, Task, allot
+from drawplate.data.tokenizer import SMALLEST, adopt, encode, train
+
+STEPS = 6
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Prepare(Frozen):
+    """What to prepare."""
+
+    seed: int = 0
+    """Chooses the problems and the style of each solution, not the split of the texts."""
+    sources: Annotated[tuple[Annotated[Source, OneOf()], ...], Field(min_length=1)]
+    """Where text comes from."""
+    longest: PositiveInt = 1_000_000
+    """Longest record in bytes; longer ones are quarantined."""
+    duplicates: Duplicates = Duplicates()
+    """What counts as a repeat."""
+    heldout_text: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the texts held out, chosen by each text's own hash."""
+    tasks: Annotated[tuple[Annotated[Task, OneOf()], ...], Field(min_length=1)]
+    """What problems are made, in proportion to each task's `share`."""
+    train_problems: PositiveInt = 20_000
+    """Problems to learn from."""
+    heldout_problems: PositiveInt = 500
+    """Problems to be judged by; none of them is in the training data."""
+    verbose: Share = 0.5
+    """Share of the solutions in the verbose style."""
+    window: PositiveInt = 13
+    """Words in a row that a text may not share with a held-out problem, or the whole problem."""
+    contaminated_text: Literal["refuse", "drop"] = "refuse"
+    """Whether a text that asks a held-out problem stops the preparation or is left out."""
+    tokenizer: Path | None = None
+    """Folder of a tokenizer to adopt; without one, a tokenizer is trained."""
+    vocabulary: Annotated[int, Field(ge=SMALLEST)] = 4096
+    """Most tokens of a tokenizer that is trained."""
+
+
+class PrepareReport(Frozen):
+    """What came of it."""
+
+    read: int
+    """Records met in all sources."""
+    kept: int
+    """Texts that are training or held-out text."""
+    quarantined: int
+    """Records that could not be used; quarantine.jsonl says where and why."""
+    exact_duplicates: int
+    near_duplicates: int
+    """Texts that repeat a kept one; duplicates.jsonl says which."""
+    contaminated: int
+    """Texts left out because they ask a held-out problem."""
+    train_texts: int
+    heldout_texts: int
+    train_bytes: int
+    heldout_bytes: int
+    """UTF-8 bytes of text."""
+    train_tokens: int
+    heldout_tokens: int
+    """Tokens of text, one end token per text included."""
+    train_problems: int
+    heldout_problems: int
+    problem_tokens: int
+    """Tokens of the training problems with their solutions and end tokens."""
+    longest_problem: int
+    """Tokens of the longest training problem: the shortest row that holds every one."""
+    verbose_problems: int
+    """Training problems with a verbose solution."""
+    vocabulary: int
+    """Tokens in the tokenizer."""
+    bytes_per_token: float
+    """Of the held-out text."""
+    gzip_bits_per_byte: float
+    bigram_bits_per_byte: float
+    """Bounds on the held-out text that a model has to beat."""
+
+
+def prepare(params: Prepare, folder: Path, watch: Watch = silent) -> PrepareReport:
+    """Write a corpus into the existing, empty `folder`; `drawplate.core.corpus` reads it.
+
+    Raises:
+        UserError: a source, task or tokenizer is not as the parameters say, or leaves no text.
+        Contaminated: training data holds a held-out problem.
+    """
+    read, documents, bad = _read(params)
+    write_lines(folder / "quarantine.jsonl", (record._asdict() for record in bad))
+    watch(1, STEPS, {"read": read, "quarantined": len(bad)})
+
+    repeats = params.duplicates.find([document.text for document in documents])
+    write_lines(folder / "duplicates.jsonl", _told(documents, repeats))
+    exact = sum(repeat.exact for repeat in repeats.values())
+    watch(2, STEPS, {"exact_duplicates": exact, "near_duplicates": len(repeats) - exact})
+
+    texts: dict[Split, list[Document]] = {"train": [], "heldout": []}
+    for index, document in enumerate(documents):
+        if index not in repeats:
+            held = _chance("heldout", document.text) < params.heldout_text
+            texts["heldout" if held else "train"].append(document)
+    problems = _problems(params)
+    watch(3, STEPS, {split: len(found) for split, found in problems.items()})
+
+    asking = _gate(params, texts["train"], problems, folder / "contamination.json")
+    texts["train"] = [text for place, text in enumerate(texts["train"]) if place not in asking]
+    for split, found in texts.items():
+        if not found:
+            raise UserError(
+                f"prepare.sources: no {split} text is left of {read} records ({len(bad)} "
+                f"quarantined, {len(repeats)} duplicates); give more text or another heldout_text"
+            )
+    watch(4, STEPS, {"contaminated": len(asking)})
+
+    asked = {split: _solve(params, found) for split, found in problems.items()}
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for split in SPLITS:
+        write_lines(folder / f"problems-{split}.jsonl", asked[split])
+        pairs[f"text-{split}"] = [("", document.text) for document in texts[split]]
+        pairs[f"problems-{split}"] = [(row["prompt"], row["solution"]) for row in asked[split]]
+    raw = {split: [text for _, text in pairs[f"text-{split}"]] for split in SPLITS}
+    write_lines(folder / "text-heldout.jsonl", ({"text": text} for text in raw["heldout"]))
+
+    if params.tokenizer:
+        tokenizer = adopt(params.tokenizer)
+    else:
+        learned = pairs["text-train"] + pairs["problems-train"]
+        tokenizer = train((part for pair in learned for part in pair), params.vocabulary)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_facts(folder, _facts(params, tokenizer))
+    watch(5, STEPS, {"vocabulary": len(tokenizer)})
+
+    offsets = {
+        name: write_stream(folder, name, _coded(tokenizer, pairs[name]), len(tokenizer))
+        for name in STREAMS
+    }
+    size = {split: sum(len(text.encode()) for text in raw[split]) for split in SPLITS}
+    report = PrepareReport(
+        read=read,
+        kept=len(raw["train"]) + len(raw["heldout"]),
+        quarantined=len(bad),
+        exact_duplicates=exact,
+        near_duplicates=len(repeats) - exact,
+        contaminated=len(asking),
+        train_texts=len(raw["train"]),
+        heldout_texts=len(raw["heldout"]),
+        train_bytes=size["train"],
+        heldout_bytes=size["heldout"],
+        train_tokens=int(offsets["text-train"][-1]),
+        heldout_tokens=int(offsets["text-heldout"][-1]),
+        train_problems=len(asked["train"]),
+        heldout_problems=len(asked["heldout"]),
+        problem_tokens=int(offsets["problems-train"][-1]),
+        longest_problem=int(np.diff(offsets["problems-train"]).max()),
+        verbose_problems=sum(row["style"] == "verbose" for row in asked["train"]),
+        vocabulary=len(tokenizer),
+        bytes_per_token=size["heldout"] / int(offsets["text-heldout"][-1]),
+        gzip_bits_per_byte=gzip_bits(raw["heldout"]),
+        bigram_bits_per_byte=bigram_bits(raw["train"], raw["heldout"]),
+    )
+    (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    watch(6, STEPS, {"train_tokens": report.train_tokens, "problem_tokens": report.problem_tokens})
+    return report
+
+
+def _read(params: Prepare) -> tuple[int, list[Document], list[Bad]]:
+    read, documents, bad = 0, [], []
+    for source in params.sources:
+        for record in source.read(params.longest):
+            read += 1
+            vetted = vet(record, params.longest)
+            if isinstance(vetted, Bad):
+                bad.append(vetted)
+            else:
+                documents.append(vetted)
+    return read, documents, bad
+
+
+def _told(documents: Sequence[Document], repeats: Mapping[int, Repeat]) -> Iterator[dict[str, Any]]:
+    for index, repeat in sorted(repeats.items()):
+        dropped, kept = documents[index], documents[repeat.kept]
+        yield {
+            "file": dropped.file,
+            "line": dropped.line,
+            "exact": repeat.exact,
+            "kept_file": kept.file,
+            "kept_line": kept.line,
+        }
+
+
+def _chance(*parts: int | str) -> float:
+    """A number in [0, 1) that depends on the parts alone."""
+    return seed_of(*parts) / 2**63
+
+
+def _problems(params: Prepare) -> dict[Split, list[Problem]]:
+    """Held-out problems first, then training problems that are none of them."""
+    made: dict[Split, list[Problem]] = {"heldout": [], "train": []}
+    sizes: dict[Split, int] = {
+        "heldout": params.heldout_problems,
+        "train": params.train_problems,
+    }
+    taken: set[str] = set()
+    for split, found in made.items():
+        for task, size in zip(params.tasks, allot(params.tasks, sizes[split]), strict=True):
+            some = task.problems(size, params.seed, skip=taken)
+            taken.update(problem.id for problem in some)
+            found += some
+    # By their hash, so that no part of the list is one task's.
+    return {split: sorted(found, key=lambda problem: problem.id) for split, found in made.items()}
+
+
+def _gate(
+    params: Prepare,
+    texts: Sequence[Document],
+    problems: Mapping[Split, Sequence[Problem]],
+    path: Path,
+) -> set[int]:
+    """The training texts to leave out, if that is wanted; otherwise there are none."""
+    heldout, training = problems["heldout"], problems["train"]
+    repeated = in_problems(heldout, training)
+    asked = in_texts(heldout, [text.text for text in texts], params.window)
+    found = [
+        (heldout[hit.problem], f"training problem {training[hit.place].id}") for hit in repeated
+    ]
+    found += [(heldout[h.problem], f"{texts[h.place].file}:{texts[h.place].line}") for h in asked]
+    account = {
+        "heldout_problems": len(heldout),
+        "training_problems": len(training),
+        "training_texts": len(texts),
+        "window": params.window,
+        "contaminated_text": params.contaminated_text,
+        "found": [{"task": p.task, "prompt": p.prompt, "place": place} for p, place in found],
+    }
+    path.write_text(json.dumps(account, indent=2) + "\n", encoding="ascii")
+    if repeated or (asked and params.contaminated_text == "refuse"):
+        count = len({problem.id for problem, _ in found})
+        first = "; ".join(f"{p.prompt.strip()!r} in {place}" for p, place in found[:3])
+        raise Contaminated(
+            f"{count} of {len(heldout)} held-out problems are in the training data: {first}; "
+            "take them out of the sources, or set prepare.contaminated_text to drop"
+        )
+    return {hit.place for hit in asked}
+
+
+def _solve(params: Prepare, problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    rows = []
+    # Entries of one task may differ in their settings, but not in how they solve a problem.
+    tasks = {task.name: task for task in params.tasks}
+    for problem in problems:
+        style: Style = (
+            "verbose" if _chance(params.seed, "style", problem.id) < params.verbose else "concise"
+        )
+        solution = tasks[problem.task].solution(problem, style)
+        rows.append({**problem.model_dump(), "style": style, "solution": solution})
+    return rows
+
+
+def _coded(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], int]]:
+    """Prompt and the rest are coded apart, as at generation, where the rest is not yet known."""
+    prompts = encode(tokenizer, [prompt for prompt, _ in pairs])
+    for prompt, rest in zip(prompts, encode(tokenizer, [rest for _, rest in pairs]), strict=True):
+        yield [*prompt, *rest, tokenizer.eos_token_id], len(prompt)
+
+
+def _facts(params: Prepare, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocabulary": len(tokenizer),
+        "end": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "sources": [{"name": source.name, "origin": source.origin()} for source in params.sources],
+        "tasks": [task.model_dump(mode="json") for task in params.tasks],
+    }

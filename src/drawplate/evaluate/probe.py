@@ -1,0 +1,113 @@
+"""Measures one model in this process; `drawplate.evaluate.cost.measure` runs it as a fresh one.
+
+What Python, the libraries and a first small model take is the baseline that memory is counted from.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import torch
+import transformers
+
+from drawplate.core.errors import DrawplateError
+from drawplate.core.hf import load, save
+from drawplate.edits import Packed, materialized
+from drawplate.evaluate.cost import Machine, Probe
+from drawplate.model import ModelConfig, build
+from drawplate.model.sample import sample
+
+_NEVER = -1
+"""An end token that no model draws."""
+_SMALL = ModelConfig(hidden=32, layers=1, heads=2, kv_heads=2, feed_forward=32, context=32)
+
+
+def run(folder: Path, device: torch.device, probe: Probe) -> Machine:
+    """Loads the model, generates, and reads the clock and the memory meter."""
+    for name in transformers.AutoConfig.from_pretrained(folder).architectures or ():
+        getattr(transformers, name)  # imports the code of the class
+    with TemporaryDirectory() as other:
+        save(build(_SMALL, 64, 0), Path(other))
+        _decode(load(other).to(device), 8, 8)
+    before = _peak(device)
+    model = load(folder).to(device)
+    _prefill(model, probe.prompt)
+    _decode(model, probe.prompt, probe.new)
+    peak = _peak(device) - before
+
+    def rate(tokens: int, action: Callable[[], None]) -> float:
+        return tokens / median(_seconds(action, device) for _ in range(probe.repeats))
+
+    def decode() -> float:
+        return rate(probe.new, lambda: _decode(model, 1, probe.new))
+
+    prefill, stored, unpacked = (
+        rate(probe.prompt, lambda: _prefill(model, probe.prompt)),
+        decode(),
+        None,
+    )
+    if any(isinstance(module, Packed) for module in model.modules()):
+        with materialized(model):
+            unpacked = decode()
+    return Machine(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
+        prefill_tokens_per_second=prefill,
+        decode_tokens_per_second=stored,
+        unpacked_decode_tokens_per_second=unpacked,
+        peak_bytes=peak,
+    )
+
+
+def _tokens(model: transformers.PreTrainedModel, count: int) -> torch.Tensor:
+    width = int(model.config.vocab_size)
+    return torch.arange(count, device=model.device) % width
+
+
+@torch.no_grad()
+def _prefill(model: transformers.PreTrainedModel, count: int) -> None:
+    model(input_ids=_tokens(model, count)[None], use_cache=True, logits_to_keep=1)
+
+
+def _decode(model: transformers.PreTrainedModel, prompt: int, new: int) -> None:
+    sample(model, [_tokens(model, prompt).tolist()], max_new=new, end=_NEVER, temperature=0)
+
+
+def _seconds(action: Callable[[], None], device: torch.device) -> float:
+    begun = perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - begun
+
+
+def _peak(device: torch.device) -> int:
+    """Most bytes that this process has held so far, on the device or else in main memory.
+
+    Linux starts a process with its parent's `ru_maxrss`, so its own high-water mark is read instead
+    where /proc tells it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    settings = Probe.model_validate_json(sys.stdin.read())
+    try:
+        print(run(Path(sys.argv[1]), torch.device(sys.argv[2]), settings).model_dump_json())
+    except DrawplateError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.code)

@@ -1,0 +1,76 @@
+"""Roundings: which level of its grid each weight of a layer takes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from drawplate.core.method import Method
+from drawplate.core.pack import decode
+from drawplate.core.stats import Stats
+from drawplate.quantize.grid import Grid
+
+_CHUNK = 2**17
+"""Weights that are fitted together: few enough to stay in a processor's cache."""
+
+
+class Rounded(NamedTuple):
+    """A layer in codes; input i belongs to group i // group, the last group may be short."""
+
+    codes: Tensor
+    """uint8 [O, I]."""
+    scale: Tensor
+    """bfloat16 [O, ceil(I / group)]."""
+    zero: Tensor | None
+    """uint8 [O, ceil(I / group)], or None where the grid has no zero points."""
+    levels: Tensor
+    """[2**bits] float32."""
+    group: int
+
+    def weight(self) -> Tensor:
+        """The matrix that the codes stand for, float32 [O, I]."""
+        return decode(self.levels, self.codes, self.scale, self.zero, self.group)
+
+
+class Round(Method):
+    """Contract: rows do not influence one another; where `keep` is False the weight is exactly 0.
+
+    Layers that share their input may therefore be stacked and solved at once.
+    """
+
+    @abstractmethod
+    def solve(
+        self,
+        weight: Tensor,
+        stats: Stats,
+        grid: Grid,
+        bits: int,
+        group: int,
+        keep: Tensor | None = None,
+    ) -> Rounded:
+        """Weight [O, I], its input's statistics, keep bool [O, I] or None for all -> codes.
+
+        The weight is float32 or float64, and the work is done in that. `group` inputs share a
+        scale; where it does not divide I the last group is short.
+        """
+
+
+def fit(
+    grid: Grid, weight: Tensor, bits: int, group: int, stats: Stats
+) -> tuple[Tensor, Tensor | None]:
+    """Lays every group of a weight [O, I] on the grid: scale, zero [O, ceil(I / group)].
+
+    Errors count by the mean square of their input. A short last group is filled up with zeros,
+    which every grid holds exactly, so they change nothing.
+    """
+    rows, missing = max(1, _CHUNK // weight.shape[1]), -weight.shape[1] % group
+    importance = pad(stats.gram.diagonal().to(weight), (0, missing)).view(-1, group)
+    groups = pad(weight, (0, missing)).view(len(weight), -1, group)
+    scales, zeros = zip(
+        *(grid.fit(some, bits, importance) for some in torch.split(groups, rows)), strict=True
+    )
+    return torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)

@@ -1,0 +1,10 @@
+"""Reinforcement learning with verifiable rewards on compressed, quantized models.
+
+The whole of it in one line, with each name an axis of this package:
+
+    loss = - sum_it reduce_it x mask_it x (surrogate(ratio_it, advantage_it) - penalty_it)
+
+Earlier, once per batch of rollouts: `length` gives the token limit, `select` draws prompts until
+the batch is full of groups worth learning from, `shaping` turns scores into rewards, `advantage`
+turns rewards into advantages. `adapt` says which parameters move.
+"""

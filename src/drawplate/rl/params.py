@@ -1,0 +1,108 @@
+"""Every setting of a reinforcement learning run."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from drawplate.core.method import OneOf
+from drawplate.rl.adapt import Adapt
+from drawplate.rl.adapt.lora import Lora
+from drawplate.rl.advantage import Advantage
+from drawplate.rl.advantage.batch import Batch
+from drawplate.rl.length import Length
+from drawplate.rl.length.constant import Constant as ConstantLength
+from drawplate.rl.loss import PolicyLoss
+from drawplate.rl.mask import Mask
+from drawplate.rl.penalty import Penalty
+from drawplate.rl.ratio import Ratio
+from drawplate.rl.ratio.token import Token
+from drawplate.rl.reduce import Reduce
+from drawplate.rl.reduce.token_mean import TokenMean
+from drawplate.rl.select import Select
+from drawplate.rl.select.varied import Varied
+from drawplate.rl.shaping import Shaping
+from drawplate.rl.shaping.truncation import Truncation
+from drawplate.rl.surrogate import Surrogate
+from drawplate.rl.surrogate.ppo_clip import PpoClip
+from drawplate.train.guard import Guard
+from drawplate.train.loop import Training
+from drawplate.train.optimizer import Group, Optimizer
+from drawplate.train.precision import Precision
+from drawplate.train.schedule import Schedule
+from drawplate.train.schedule.constant import Constant
+
+GROUP = Group(rate=1e-4)
+
+
+class Finetune(Training):
+    """The training loop's settings, and what is particular to learning from rewards.
+
+    The defaults are DLER, arXiv:2510.15110, with adapters.
+    """
+
+    steps: int = Field(200, ge=1)
+    """Optimizer steps of the run."""
+    precision: Precision = "float32"
+    """Numbers of the forward and backward pass; never fewer bits than the model is stored in."""
+    schedule: Annotated[Schedule, OneOf()] = Constant(warmup=0.0)
+    """The learning rate over the run."""
+    optimizer: Optimizer = Optimizer(matrices=GROUP, rest=GROUP)
+    """What turns gradients into steps."""
+    guard: Guard = Guard(spike=0.0)
+    """What happens when numbers go bad. Rewards are sparse, so steps of unusual size are normal."""
+
+    prompts: PositiveInt = 16
+    """Groups of answers in one batch of rollouts."""
+    samples: PositiveInt = 8
+    """Answers in a group."""
+    updates: PositiveInt = 1
+    """Optimizer steps on one batch of rollouts, each on an equal part of it."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling. The policy that is trained is the one at this temperature."""
+    parallel: PositiveInt = 128
+    """Most answers in flight while sampling: memory against speed."""
+
+    adapt: Annotated[Adapt, OneOf()] = Lora()
+    """Which parameters move."""
+    length: Annotated[Length, OneOf()] = ConstantLength()
+    """Most tokens of an answer, step by step."""
+    select: Annotated[Select, OneOf()] = Varied()
+    """Groups that are kept; the others are replaced by answers to further prompts."""
+    shaping: tuple[Annotated[Shaping, OneOf()], ...] = (Truncation(),)
+    """Changes of the reward for length, first to last."""
+    advantage: Annotated[Advantage, OneOf()] = Batch()
+    """From rewards to advantages."""
+    ratio: Annotated[Ratio, OneOf()] = Token()
+    """Importance weight."""
+    surrogate: Annotated[Surrogate, OneOf()] = PpoClip()
+    """Objective of a token."""
+    masks: tuple[Annotated[Mask, OneOf()], ...] = ()
+    """Tokens that do not take part."""
+    reduce: Annotated[Reduce, OneOf()] = TokenMean()
+    """Average over tokens."""
+    penalties: tuple[Annotated[Penalty, OneOf()], ...] = ()
+    """Terms that hold the policy back."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.samples < self.advantage.least:
+            raise ValueError(
+                f"advantage {self.advantage.name} compares answers to one prompt, so samples has "
+                f"to be at least {self.advantage.least}"
+            )
+        if self.updates > self.prompts * self.samples:
+            raise ValueError(
+                f"updates cannot exceed prompts x samples = {self.prompts * self.samples}"
+            )
+        return self
+
+    @property
+    def loss(self) -> PolicyLoss:
+        """The loss that these settings describe."""
+        return PolicyLoss(
+            ratio=self.ratio,
+            surrogate=self.surrogate,
+            masks=self.masks,
+            reduce=self.reduce,
+            penalties=self.penalties,
+        )

@@ -1,0 +1,93 @@
+"""Stage 6: every checkpoint -> figures, paired verdicts and a report page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from drawplate import lineage
+from drawplate.core.corpus import Corpus
+from drawplate.core.method import Frozen
+from drawplate.evaluate.driver import Model
+from drawplate.evaluate.driver import evaluate as measure
+from drawplate.evaluate.page import Story
+from drawplate.evaluate.report import write
+from drawplate.evaluate.results import Evaluate
+from stages.problems import problems
+from stages.run import Run, Stage, device_of, main
+
+
+class Inputs(Frozen):
+    """What the stage reads."""
+
+    model: tuple[Path, ...] = Field(
+        min_length=1,
+        description="Model folder; several in order, parents before children. One whose lineage "
+        "does not name its parent is compared with the one before it.",
+    )
+    corpus: Path = Field(description="Folder that prepare wrote.")
+
+
+class Report(Frozen):
+    """All figures by name: `model.figure` and `child.vs_parent.metric.figure`."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+
+def body(params: Evaluate, inputs: Inputs, run: Run) -> Report:
+    """Measures, compares and writes the report."""
+    corpus = Corpus(inputs.corpus)
+    told = json.loads((inputs.corpus / "report.json").read_bytes())
+    evaluation = measure(
+        related(inputs.model),
+        corpus,
+        problems(corpus, "heldout").score,
+        params,
+        baselines={name: told[f"{name}_bits_per_byte"] for name in ("gzip", "bigram")},
+        device=str(device_of(run)),
+        watch=run.part("evaluate"),
+    )
+    write(evaluation, story(inputs.model), run.folder)
+    run.artifacts += ["index.html", "metrics.json", "report.json"]
+    report = evaluation.report
+    return Report(**report.metrics(), **report.machine_metrics())
+
+
+def related(folders: Sequence[Path]) -> list[Model]:
+    """Each model with its parent: the one its lineage names, else the one before it."""
+    named: dict[str, str] = {}
+    models: list[Model] = []
+    for folder in folders:
+        earlier = models[-1].name if models else None
+        recorded = lineage.read(folder).node.parents.get("model")
+        parent = named.get(recorded, earlier) if recorded else earlier
+        models.append(Model(folder.name, folder, parent))
+        named[lineage.content_hash(folder)] = folder.name
+    return models
+
+
+def story(folders: Sequence[Path]) -> Story:
+    """Training curves, ledgers and lineage, as the models' folders tell them."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    ledgers: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        for file in sorted(folder.glob("history-*.jsonl")):
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            series[file.stem.removeprefix("history-")] = rows
+        file = folder / "ledger.json"
+        if file.exists():
+            ledger = json.loads(file.read_bytes())
+            ledgers[lineage.read(folder).node.stage] = ledger.get("rows") or ledger["layers"]
+    trails = {folder.name: lineage.read(folder).model_dump(mode="json") for folder in folders}
+    return Story(series=series, ledgers=ledgers, lineage=trails)
+
+
+evaluate = Stage("evaluate", Evaluate, Inputs, body, "report")
+
+if __name__ == "__main__":
+    main(evaluate, "Models -> figures, paired verdicts and a report page.")

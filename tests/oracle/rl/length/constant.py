@@ -1,0 +1,5 @@
+"""No schedule."""
+
+
+def reference(step, steps, tokens):
+    return tokens

@@ -1,0 +1,129 @@
+"""The pipeline through DVC: order, what ran, what was cached, and what is left after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.graph import nodes, repro
+
+DVC = [sys.executable, "-m", "dvc"]
+YAML = """
+stages:
+  last:
+    cmd: cp middle.txt last.txt
+    deps: [middle.txt]
+    outs: [last.txt]
+    meta: {pool: gpu}
+  first:
+    cmd: python first.py
+    deps: [first.py]
+    params: [word]
+    outs: [first.txt]
+  middle:
+    cmd: cp first.txt middle.txt
+    deps: [first.txt]
+    outs: [middle.txt]
+"""
+FIRST = """
+import pathlib, time
+word = pathlib.Path("params.yaml").read_text().split()[1]
+pathlib.Path("pid").write_text(str(__import__("os").getpid()))
+if word == "slow":
+    time.sleep(60)
+if word == "bad":
+    raise SystemExit("drawplate: this word is bad")
+pathlib.Path("first.txt").write_text(word)
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Three stages in a repository of their own."""
+    for command in (["git", "init", "-q"], [*DVC, "init", "-q"]):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "dvc.yaml").write_text(YAML)
+    (tmp_path / "first.py").write_text(FIRST)
+    (tmp_path / "params.yaml").write_text("word: one\n")
+    return tmp_path
+
+
+def run(project, *targets, **how):
+    return repro(project, targets, line=lambda text: None, **how)
+
+
+def test_stages_come_after_what_they_need_whatever_the_order_of_the_file(project):
+    found = nodes(project)
+    assert [node.name for node in found] == ["first", "middle", "last"]
+    assert [node.upstream for node in found] == [(), ("first",), ("middle",)]
+    assert found[-1].meta == {"pool": "gpu"}
+
+
+def test_it_is_told_what_ran_what_did_not_change_and_what_was_cached(project):
+    every = ("first", "middle", "last")
+    assert run(project).statuses == dict.fromkeys(every, "ran")
+    assert run(project).statuses == dict.fromkeys(every, "unchanged")
+    (project / "params.yaml").write_text("word: two\n")
+    assert run(project).statuses == dict.fromkeys(every, "ran")
+    (project / "params.yaml").write_text("word: one\n")
+    assert run(project).statuses == dict.fromkeys(every, "cached")
+    assert (project / "last.txt").read_text() == "one"
+
+
+def test_one_stage_alone_leaves_the_others(project):
+    run(project)
+    (project / "params.yaml").write_text("word: two\n")
+    assert run(project, "middle", single=True).statuses == {"middle": "unchanged"}
+
+
+def test_a_failing_stage_fails_the_call_and_shows_its_last_words(project):
+    (project / "params.yaml").write_text("word: bad\n")
+    done = run(project)
+    assert done.code != 0
+    assert "drawplate: this word is bad" in done.tail
+    assert not (project / "last.txt").exists()
+
+
+CALL = """
+import sys
+from pathlib import Path
+from flows.graph import repro
+repro(Path(sys.argv[1]))
+"""
+
+
+def alive(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_call_leaves_no_process_behind(project, sign):
+    (project / "params.yaml").write_text("word: slow\n")
+    script = CALL
+    if sign == signal.SIGTERM:
+        script = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n" + CALL
+    caller = subprocess.Popen(
+        [sys.executable, "-c", script, str(project)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (project / "pid").exists() or not (project / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    stage = int((project / "pid").read_text())
+    assert alive(stage)
+    os.kill(caller.pid, sign)
+    caller.wait(timeout=60)
+    assert not alive(stage)
+    # Nothing is in the way of the next run.
+    (project / "params.yaml").write_text("word: one\n")
+    assert run(project).code == 0

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from drawplate.rl.policy import judge, logprobs
+from tests import tiny
+
+
+def case():
+    tokens = tiny.tokens(4, 10)
+    column = torch.arange(10)
+    start, end = torch.tensor([2, 1, 5, 3]), torch.tensor([7, 10, 6, 9])
+    return tokens, (column >= start[:, None]) & (column < end[:, None])
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_is_the_softmax_of_the_models_logits(kind, temperature):
+    """Token by token, one row at a time without its padding."""
+    model = tiny.model(kind).double().requires_grad_(False)
+    tokens, mask = case()
+    logp, entropy = judge(model, tokens, mask, temperature)
+    assert torch.equal(logp, logprobs(model, tokens, mask, temperature).detach())
+    for i, inside in enumerate(mask):
+        last = int(inside.nonzero().max()) + 1
+        p = (model(input_ids=tokens[i : i + 1, :last]).logits[0] / temperature).softmax(-1)
+        for t in range(10):
+            want, spread = 0.0, 0.0
+            if inside[t]:
+                before = p[t - 1]
+                want = float(before[tokens[i, t]].log())
+                spread = float(-(before * before.log()).sum())
+            assert float(logp[i, t].detach()) == pytest.approx(want, rel=1e-9, abs=1e-9)
+            assert float(entropy[i, t]) == pytest.approx(spread, rel=1e-9, abs=1e-9)
+
+
+def test_gradient_is_the_models():
+    model = tiny.model().double()
+    tokens, mask = case()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    (got,) = torch.autograd.grad(logprobs(model, tokens, mask, 0.7).sum(), weight)
+    log = (model(input_ids=tokens).logits / 0.7).log_softmax(-1)[:, :-1]
+    value = log.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    (want,) = torch.autograd.grad(value[mask[:, 1:]].sum(), weight)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_padding_is_immaterial():
+    model = tiny.model()
+    tokens, mask = case()
+    after = mask.flip(1).cumsum(1).flip(1) == 0
+    other = tokens.masked_fill(after, 5)
+    assert not torch.equal(other, tokens)
+    for a, b in zip(judge(model, tokens, mask, 1.0), judge(model, other, mask, 1.0), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from drawplate.rl.driver import finetune
+from drawplate.rl.params import Finetune
+from drawplate.settings import merge, preset, presets, validate
+from drawplate.train.series import read
+from tests import tiny
+from tests.test_rl_driver import END, PROMPTS, decode, even
+
+NAMES = [name for name in presets() if name.startswith("rl/")]
+DEFAULTS = Finetune().model_dump(mode="json")
+SMALL = {
+    "steps": 2,
+    "prompts": 3,
+    "samples": 4,
+    "length": {"name": "constant", "tokens": 6},
+    "adapt": {"name": "lora", "rank": 2},
+}
+
+
+def test_the_recipes_of_the_papers_are_there():
+    wanted = ["cispo", "dapo", "dler", "dr_grpo", "grpo", "gspo", "reinforce_pp", "rloo"]
+    assert [name.removeprefix("rl/") for name in NAMES] == wanted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_real_steps(name, tmp_path):
+    """From the file, through validation, to rollouts of a real decoder that change its weights."""
+    tree = merge(DEFAULTS, preset(name)["finetune"])
+    how = validate(Finetune, merge(tree, SMALL), "finetune")
+    model = tiny.model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    outcome = finetune(
+        model,
+        how,
+        prompts=PROMPTS,
+        score=even,
+        decode=decode,
+        end=END,
+        about="even tokens",
+        work=tmp_path,
+    )
+    rows = read(outcome.metrics)
+    assert len(rows) == 2
+    assert all(value is not None for row in rows for value in row.values())
+    after = model.state_dict()
+    assert any(not torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_its_paper_and_differs_from_all_others(name):
+    assert presets()[name]["paper"]
+    others = [merge(DEFAULTS, preset(other)["finetune"]) for other in NAMES if other != name]
+    assert merge(DEFAULTS, preset(name)["finetune"]) not in others
+
+
+def test_dler_is_the_default():
+    assert validate(Finetune, merge(DEFAULTS, preset("rl/dler")["finetune"]), "") == Finetune()

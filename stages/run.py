@@ -337,7 +337,8 @@ def _die_with_parent() -> None:
 def prepare_process() -> None:
     """Quiet libraries, one way to be interrupted, no process left behind."""
     quiet_environment()
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):  # background shells start us ignoring SIGINT
+        signal.signal(number, _terminated)
     _die_with_parent()
     from transformers.utils import logging
 

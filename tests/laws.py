@@ -13,7 +13,7 @@ from drawplate.core.method import Method, leaves
 
 
 def law(axis: type[Method], **given: Any) -> Callable[[Callable[..., None]], Any]:
-    """Parametrise `test(method)` over the leaves of `axis`, built with what of `given` they have."""
+    """Parametrise `test(method)` over the leaves of `axis`; `given` fills fields they have."""
 
     def wrap(test: Callable[..., None]) -> Any:
         cases = []

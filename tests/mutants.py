@@ -26,6 +26,8 @@ SWAP = {
     ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
 
+HERE = ["-x", "-q", "-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
+"""Options that keep the tests in this process, where the mutant is."""
 MODULES = {"torch", "math", "functional", "nn", "np"}
 """A call on one of these becomes its first argument, a call on any other name that name."""
 
@@ -104,7 +106,7 @@ def passes(arguments: list[str], seconds: int) -> bool:
     signal.alarm(seconds)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]) == 0
+            return pytest.main([*HERE, *arguments]) == 0
     except TimeoutError:
         return False
     finally:

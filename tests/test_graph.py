@@ -89,9 +89,10 @@ def test_a_failing_stage_fails_the_call_and_shows_its_last_words(project):
 
 
 CALL = """
-import sys
+import signal, sys
 from pathlib import Path
 from flows.graph import repro
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 repro(Path(sys.argv[1]))
 """
 
@@ -108,7 +109,7 @@ def test_an_interrupted_call_leaves_no_process_behind(project, sign):
     (project / "params.yaml").write_text("word: slow\n")
     script = CALL
     if sign == signal.SIGTERM:
-        script = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n" + CALL
+        script = CALL.replace("repro(", "signal.signal(15, lambda *_: sys.exit(1))\nrepro(")
     caller = subprocess.Popen(
         [sys.executable, "-c", script, str(project)],
         cwd=Path(__file__).parents[1],

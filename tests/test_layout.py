@@ -25,7 +25,19 @@ ALLOWED = {
     "itertools", "json", "math", "numpy", "pydantic", "re", "reasoning_gym", "torch", "typing",
 }  # fmt: skip
 READS_FILES = {"data/source"}
-FILES = {"ast", "codecs", "csv", "datasets", "gzip", "importlib", "io", "os", "pathlib", "pyarrow"}
+FILES = {
+    "ast",
+    "codecs",
+    "csv",
+    "datasets",
+    "gzip",
+    "importlib",
+    "io",
+    "os",
+    "pathlib",
+    "pyarrow",
+    "warnings",
+}
 
 
 def imports(file):

@@ -38,7 +38,7 @@ def small(value: float) -> str:
 
 def brief(value: float) -> str:
     """Three significant digits, thousands with a unit."""
-    return small(value) if abs(value) < 1000 else f"{'-' * (value < 0)}{count(abs(value))}"
+    return small(value) if abs(value) < 1000 else f"{'-' if value < 0 else ''}{count(abs(value))}"
 
 
 def count(value: float) -> str:

@@ -15,6 +15,11 @@ _FEW = 8
 """Rows below which the plain matrix-vector product is the faster one."""
 
 
+def _product(*given: Any) -> Tensor:
+    """oneDNN's linear layer, an operator of torch that no function of torch calls by itself."""
+    return torch.ops.mkldnn._linear_pointwise(*given)  # type: ignore[no-any-return]
+
+
 def plain(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight [O, I] and bias [O], if `module` is nothing but their product with its input.
 
@@ -68,12 +73,11 @@ def _call(
     if not onednn:
         return lambda x: F.linear(x, weight, bias)
     width = weight.shape[1]
-    product = torch.ops.mkldnn._linear_pointwise
 
     def call(x: Tensor) -> Tensor:
         # F.linear goes to MKL, which takes twice as long on processors not made by Intel.
         if x.numel() < _FEW * width:
             return F.linear(x, weight, bias)
-        return product(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+        return _product(x, weight, bias, "none", [], "")
 
     return call

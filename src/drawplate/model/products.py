@@ -16,7 +16,7 @@ _FEW = 8
 
 
 def _product(*given: Any) -> Tensor:
-    """oneDNN's linear layer, an operator of torch that no function of torch calls by itself."""
+    """OneDNN's linear layer, an operator of torch that no function of torch calls by itself."""
     return torch.ops.mkldnn._linear_pointwise(*given)  # type: ignore[no-any-return]
 
 

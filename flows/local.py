@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.graph import new_execution, repro
+from stages.quiet import guarded, interruptible
 
 _COLUMNS = (
     ("pass@1", "pass_at_1", "{:.1%}"),
@@ -27,6 +28,7 @@ def run_pipeline(
     root: Path, stages: Sequence[str] = (), changes: Sequence[str] = (), presets: Sequence[str] = ()
 ) -> int:
     """Brings the stages up to date, tells MLflow, prints the summary; returns the exit code."""
+    interruptible()
     if changes or presets:
         change_params(root / "params.yaml", changes, presets)
     execution = new_execution()
@@ -123,4 +125,4 @@ def summary(root: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_pipeline(Path.cwd(), sys.argv[1:]))
+    sys.exit(guarded(lambda: sys.exit(run_pipeline(Path.cwd(), sys.argv[1:]))))

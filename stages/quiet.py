@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -21,6 +22,16 @@ def quiet_environment() -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def interruptible() -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, also where a background shell ignored SIGINT."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def guarded(entry: Callable[[], Any]) -> int:

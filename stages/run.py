@@ -23,7 +23,7 @@ from pydantic import Field
 from drawplate.core.errors import DrawplateError, Exhausted, UserError
 from drawplate.core.method import Frozen
 from drawplate.core.progress import Watch
-from stages.quiet import guarded, quiet_environment
+from stages.quiet import guarded, interruptible, quiet_environment
 from stages.tracking import Facts, Tracker, flat
 
 STATE = ".drawplate"
@@ -337,17 +337,12 @@ def _die_with_parent() -> None:
 def prepare_process() -> None:
     """Quiet libraries, one way to be interrupted, no process left behind."""
     quiet_environment()
-    for number in (signal.SIGINT, signal.SIGTERM):  # background shells start us ignoring SIGINT
-        signal.signal(number, _terminated)
+    interruptible()
     _die_with_parent()
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _terminated(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def settings_for(

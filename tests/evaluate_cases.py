@@ -53,12 +53,11 @@ def corpus(folder: Path) -> Corpus:
     return Corpus(folder)
 
 
-def store(folder: Path, seed: int, **given: float) -> Path:
-    """A published random Llama for this vocabulary; `sharp` scales its weights."""
+def store(folder: Path, seed: int, ending: float) -> Path:
+    """A published random Llama for this vocabulary; `ending` scales the end token's logit."""
     model = tiny.model("llama", seed, VOCABULARY)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(given.get("sharp", 1.0))
+        model.get_input_embeddings().weight[0].mul_(ending)
     with publish(folder, "model") as inside:
         save(model, inside)
     return folder
@@ -72,9 +71,10 @@ def judge(number: int, text: str) -> float:
 def run(folder: Path, params: Evaluate = SMALL, **given: object) -> Evaluation:
     """Two models, the second made from the first, on the corpus of `folder`."""
     opened = corpus(folder / "corpus")
+    assert opened.end == 0
     models = [
-        Model("base", store(folder / "base", 0)),
-        Model("child", store(folder / "child", 1), "base"),
+        Model("base", store(folder / "base", 0, 2.0)),
+        Model("child", store(folder / "child", 1, 4.0), "base"),
     ]
     return evaluate(models, opened, judge, params, **given)
 

@@ -17,6 +17,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
 
 SWAP = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
@@ -129,6 +130,8 @@ def main() -> int:
     names = parts[parts.index("drawplate") :]
     module = import_module(".".join(names[:-1] if names[-1] == "__init__" else names))
     signal.signal(signal.SIGALRM, _late)
+    settings.register_profile("mutants", phases=(Phase.explicit, Phase.generate), database=None)
+    settings.load_profile("mutants")  # a dead mutant needs no smallest counterexample
     if not passes(arguments, 600):
         sys.exit(f"{' '.join(arguments)}: not green to begin with, or no test at all")
     originals = {name: (f, f.__code__) for name, f in functions(module).items()}

@@ -190,6 +190,29 @@ def test_refit_gains_with_every_step(weight, stats):
     assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(errors))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_refit_does_not_see_the_scale_of_single_inputs(steps):
+    """Preconditioned by the diagonal, every step is the same in whatever units inputs come."""
+    weight, stats = layer(6, 12)
+    keep = mask(weight, stats)
+    refit = leaves(Update)["refit"](steps=steps, damping=0)
+    unit = torch.logspace(-2, 2, 12, dtype=torch.float64)
+    scaled = Stats(count=40, gram=stats.gram * unit * unit[:, None])
+    found = refit.solve(weight / unit, keep, scaled) * unit
+    torch.testing.assert_close(found, refit.solve(weight, keep, stats), rtol=1e-9, atol=1e-9)
+
+
+def test_refit_of_dead_inputs_without_damping():
+    weight, stats = layer()
+    alive = torch.tensor([1.0] * 7 + [0.0], dtype=torch.float64)
+    dead = Stats(count=40, gram=stats.gram * alive * alive[:, None])
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    keep[:, ::3] = False
+    found = leaves(Update)["refit"](damping=0).solve(weight, keep, dead)
+    assert found.isfinite().all()
+    assert torch.equal(found[:, 7], weight[:, 7])
+
+
 def test_refit_with_fewer_tokens_than_inputs():
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weight, stats = layer()[0], stats_of(x)

@@ -82,6 +82,7 @@ def test_pairs_compare_what_the_rows_say(world):
     (pair,) = found.report.pairs
     assert (pair.parent, pair.child) == ("base", "child")
     by_name = {one.metric: one for one in pair.comparisons}
+    assert by_name["length"].child < by_name["length"].parent
     assert list(by_name) == ["bits_per_byte", "greedy", "pass_at_1", "pass_at_3", "length"]
     base, child = (row.figures() for row in found.report.rows)
     for name, one in by_name.items():
@@ -255,7 +256,7 @@ def test_memory_and_speed_are_reported_apart(tmp_path):
     from drawplate.evaluate.cost import Probe
 
     params = SMALL.model_copy(update={"probe": Probe(prompt=8, new=4, repeats=1)})
-    store(tmp_path / "base", 0)
+    store(tmp_path / "base", 0, 1.0)
     opened = corpus(tmp_path / "corpus")
     found = evaluate([Model("base", tmp_path / "base")], opened, judge, params).report
     metrics = found.machine_metrics()

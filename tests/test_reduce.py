@@ -59,3 +59,10 @@ def test_long_answers_weigh_most_by_token_mean_and_the_same_by_answer_mean():
     by_answer = AnswerMean().weight(keep, limit).sum(1)
     assert by_token[long] > by_token[short]
     torch.testing.assert_close(by_answer[long], by_answer[short])
+
+
+def test_a_single_token_has_the_whole_weight_of_a_mean():
+    keep = torch.zeros(3, 5, dtype=torch.float64)
+    keep[1, 2] = 1
+    for mean in (TokenMean(), AnswerMean()):
+        assert torch.equal(mean.weight(keep, 5), keep)

@@ -28,6 +28,11 @@ def test_every_field_matters(method):
         assert any(m.draws() != method.draws() for m in others), name
 
 
+def test_every_keeps_groups_of_one_and_draws_once():
+    assert Every().keep(rollout(prompts=3, samples=1)).tolist() == [True] * 3
+    assert Every().draws() == 1
+
+
 def test_equal_groups_are_dropped():
     score = torch.tensor([0, 0, 1, 1, 0, 1], dtype=torch.float64)
     r = rollout(prompts=3, samples=2, score=score, reward=score)

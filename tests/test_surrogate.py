@@ -64,3 +64,9 @@ def test_every_field_matters(method):
     args = 2 * log_ratio, logp, advantage
     for name, others in neighbours(method):
         assert any(not torch.equal(m.value(*args), method.value(*args)) for m in others), name
+
+
+@law(Surrogate)
+def test_a_token_without_advantage_does_not_count_as_clipped(method):
+    log_ratio, _, advantage = case()
+    assert not method.clipped(5 * log_ratio, torch.zeros_like(advantage)).any()

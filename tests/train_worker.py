@@ -24,7 +24,7 @@ from drawplate.train.schedule import Schedule
 from drawplate.train.transform import Transform
 from tests.train_cases import Hungry, Toy, leaf, model
 
-STEPS = 10
+STEPS = 6
 
 
 def settings() -> Training:
@@ -33,7 +33,7 @@ def settings() -> Training:
     lamb = tuple(leaf(Transform, n) for n in ("adam", "trust_ratio"))
     return Training(
         steps=STEPS,
-        save_every=4,
+        save_every=2,
         precision="float32",
         schedule=leaf(Schedule, "cosine", warmup=0.2),
         optimizer=Optimizer(

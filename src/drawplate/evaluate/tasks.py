@@ -158,7 +158,7 @@ def pass_at(k: int, correct: Bools) -> Floats:
     drawn = correct.shape[1]
     if not 1 <= k <= drawn:
         raise UserError(f"pass@{k} needs between 1 and the {drawn} answers drawn for each problem")
-    misses = 1 - k / np.maximum(np.arange(1, drawn + 1), k)
+    misses = 1 - k / np.arange(1, drawn + 1)  # zero at i = k: fewer than k wrong ones never miss
     wrong = drawn - correct.sum(1)
     return np.array([1 - misses[w:].prod() for w in wrong])
 

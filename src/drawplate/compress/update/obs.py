@@ -50,4 +50,4 @@ class Obs(Update):
                 columns[j].addmv_(lost[start:j].T, root[start:j, j], alpha=-1)
                 torch.mul(columns[j], goes[j], out=lost[j])
             columns[stop:].addmm_(root[start:stop, stop:].T, lost[start:stop], alpha=-1)
-        return columns.T.where(keep, 0).contiguous()
+        return columns.T.where(keep, 0)

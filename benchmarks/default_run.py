@@ -52,7 +52,7 @@ SHOWN = {
     "truncated": ("truncated", "{:.1%}"),
     "stored_bytes": ("stored bytes", "{:,.0f}"),
     "macs": ("multiply-adds a token", "{:,.0f}"),
-    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "decode_tokens_per_second": ("tokens/s", "{:,.0f}"),
 }
 MODELS = ("base", "compressed", "quantized", "tuned")
 

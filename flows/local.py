@@ -20,7 +20,7 @@ _COLUMNS = (
     ("truncated", "truncated", "{:.1%}"),
     ("bytes", "stored_bytes", "{:,.0f}"),
     ("MACs/token", "macs", "{:,.0f}"),
-    ("tokens/s", "tokens_per_second", "{:,.0f}"),
+    ("tokens/s", "decode_tokens_per_second", "{:,.0f}"),
 )
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -142,13 +141,11 @@ def test_two_runs_at_once_one_is_told_who_holds_it(tmp_path, source):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path, source, sign):
     process = slow_run(source, tmp_path / "out")
-    started = time.monotonic()
     os.kill(process.pid, sign)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted" in errors.splitlines()[-1]
     assert "Traceback" not in errors
-    assert time.monotonic() - started < 10
     assert not (tmp_path / "out").exists()
 
 

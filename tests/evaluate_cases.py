@@ -54,10 +54,11 @@ def corpus(folder: Path) -> Corpus:
 
 
 def store(folder: Path, seed: int, ending: float) -> Path:
-    """A published random Llama for this vocabulary; `ending` scales the end token's logit."""
+    """A published random Llama for this vocabulary; `ending` is how large the end token's row is."""
     model = tiny.model("llama", seed, VOCABULARY)
     with torch.no_grad():
-        model.get_input_embeddings().weight[0].mul_(ending)
+        table = model.get_input_embeddings().weight  # the row of the padding token starts as zeros
+        table[0] = ending * table[3]
     with publish(folder, "model") as inside:
         save(model, inside)
     return folder
@@ -73,7 +74,7 @@ def run(folder: Path, params: Evaluate = SMALL, **given: object) -> Evaluation:
     opened = corpus(folder / "corpus")
     assert opened.end == 0
     models = [
-        Model("base", store(folder / "base", 0, 2.0)),
+        Model("base", store(folder / "base", 0, 0.5)),
         Model("child", store(folder / "child", 1, 4.0), "base"),
     ]
     return evaluate(models, opened, judge, params, **given)

@@ -116,6 +116,7 @@ KINDS = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "phi"]
 LOADS = """
 import sys, torch, drawplate
 from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
 for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.load(sys.argv[1], weights_only=True)
@@ -152,6 +153,7 @@ def test_every_result_loads_in_a_fresh_process_with_equal_logits(chains, tmp_pat
     folders = [str(folders[-1]) for folders in chains.values()]
     command = [sys.executable, "-c", LOADS, str(tmp_path / "ids"), *folders]
     subprocess.run(command, check=True, capture_output=True)
+    torch.set_num_threads(1)  # sums over more threads round otherwise
     for folder in folders:
         loaded = torch.load(f"{folder}.logits", weights_only=True)
         assert torch.equal(loaded, hf.load(folder)(ids).logits), folder

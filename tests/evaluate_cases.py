@@ -54,7 +54,7 @@ def corpus(folder: Path) -> Corpus:
 
 
 def store(folder: Path, seed: int, ending: float) -> Path:
-    """A published random Llama for this vocabulary; `ending` is how large the end token's row is."""
+    """A published random Llama for this vocabulary; `ending`: how large the end token is."""
     model = tiny.model("llama", seed, VOCABULARY)
     with torch.no_grad():
         table = model.get_input_embeddings().weight  # the row of the padding token starts as zeros

@@ -205,6 +205,21 @@ def test_lora_is_outside_low_rank_factors_and_leaves_the_head():
     assert isinstance(model.model.layers[0].mlp.up_proj, Adapted)
 
 
+def test_lora_moves_norms_where_asked():
+    plain, both = compressed(), compressed()
+    names = Lora().install(plain, seed=0).keys()
+    parameters = Lora(norms=True).install(both, seed=0)
+    norms = {LAYER + "input_layernorm.weight", LAYER + "post_attention_layernorm.weight"}
+    assert parameters.keys() == names | norms | {"model.norm.weight"}
+    form = {name: tensor.shape for name, tensor in both.state_dict().items()}
+    train(both, parameters)
+    trained = logits(both)
+    assert (both.model.norm.weight != 1).any()
+    Lora(norms=True).finish(both)
+    torch.testing.assert_close(logits(both), trained, rtol=1e-5, atol=1e-6)
+    assert both.model.norm.weight.shape == form["model.norm.weight"]
+
+
 def test_lora_merges_into_dense_layers_alone():
     model = compressed()
     specs = edits.of(model)

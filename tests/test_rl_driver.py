@@ -11,6 +11,7 @@ from drawplate.rl.driver import Reinforce, finetune
 from drawplate.rl.length.constant import Constant
 from drawplate.rl.length.linear import Linear
 from drawplate.rl.params import Finetune
+from drawplate.rl.penalty.k3 import K3
 from drawplate.rl.select.every import Every
 from drawplate.rl.select.varied import Varied
 from drawplate.train.loop import Stopped
@@ -60,7 +61,7 @@ def same(a, b):
 
 def test_a_batch_is_what_was_sampled():
     """Prompts in front, answers behind them to their end token or the limit, padding after that."""
-    how = settings()
+    how = settings(penalties=(K3(),))
     t = task(how)
     batch = t.batch(0)
     assert batch["tokens"].shape[0] == 12
@@ -175,14 +176,15 @@ def test_first_gradient_is_the_policy_gradient():
 
 
 def test_looking_at_the_start_leaves_the_model_as_it_is():
-    t = task()
+    how = settings(penalties=(K3(),))
+    t = task(how)
     for parameter in t.moving.values():
         parameter.data.normal_()
     before = {name: v.clone() for name, v in t.model.state_dict().items()}
     batch = t.batch(0)
     assert same(before, dict(t.model.state_dict()))
     assert not torch.equal(batch["old"], batch["reference"])
-    start = task().model
+    start = task(how).model
     for name, value in start.state_dict().items():
         t.model.state_dict()[name].copy_(value)
     again = t._judged(t.rollout)
@@ -235,7 +237,7 @@ def test_a_shrunken_batch_serves_all_its_updates():
 
 def test_trains_and_reports(tmp_path):
     before = tiny.model()
-    after, rows = run(tmp_path, settings(length=Linear(start=8, end=5)))
+    after, rows = run(tmp_path, settings(length=Linear(start=8, end=5), penalties=(K3(),)))
     assert len(rows) == 4
     assert [row["limit"] for row in rows] == [8, 7, 6, 5]
     assert rows[0]["kl_start"] == rows[0]["kl_step"] == rows[0]["clip_fraction"] == 0

@@ -102,7 +102,9 @@ def test_penalty_is_subtracted_with_its_weight():
 def test_metrics():
     """Nothing at the start; otherwise what a loop over tokens finds, and sums of parts."""
     r = rollout()
-    loss = PolicyLoss(ratio=Token(), surrogate=PpoClip(), reduce=TokenMean())
+    parts = {"ratio": Token(), "surrogate": PpoClip(), "reduce": TokenMean()}
+    assert "kl_start" not in PolicyLoss(**parts).metrics(r)
+    loss = PolicyLoss(**parts, penalties=(K3(),))
     still = loss.metrics(rollout(logp=r.old, reference=r.old))
     assert {name: float(value) for name, value in still.items()} == {
         "clip_fraction": 0,

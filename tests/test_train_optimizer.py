@@ -129,13 +129,17 @@ def test_16_bit_weights_follow_a_32_bit_copy(method: Transform) -> None:
     for p in small:
         p.grad_dtype = torch.float32
     wide = [nn.Parameter(p.detach().float()) for p in wide]
+    before = [p.detach().clone() for p in wide]
     one, other = chain(small, method, rate=1e-3), chain(wide, method, rate=1e-3)
     steps(small, one, n=30)
     steps(wide, other, n=30)
     copies, exact = one.tensors(), other.tensors()
-    for i, (p, q) in enumerate(zip(small, wide, strict=True)):
-        assert torch.equal(copies[f"weight/p{i}"], exact[f"weight/p{i}"])
-        assert torch.equal(p, q.bfloat16())
+    for i, (p, start) in enumerate(zip(small, before, strict=True)):
+        copy, wanted = copies[f"weight/p{i}"], exact[f"weight/p{i}"]
+        # One that computes in 16 bits takes a path that is near, not the same.
+        near = (0.05 if method.coarse else 0.0) * (wanted - start).norm()
+        assert (copy - wanted).norm() <= near
+        assert torch.equal(p, copy.bfloat16())
 
 
 @law(Transform)

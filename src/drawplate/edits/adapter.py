@@ -10,7 +10,7 @@ from drawplate.edits import Edit, StandIn, features, linear, matrix
 
 
 class Adapted(StandIn):
-    """y = base(x) + scaling * up(down(x)); `down` [r, I], `up` [O, r]."""
+    """y = base(x) + up(scaling * down(x)); `down` [r, I], `up` [O, r]."""
 
     def __init__(self, base: nn.Module, rank: int, scaling: float):
         super().__init__()
@@ -27,7 +27,7 @@ class Adapted(StandIn):
 
     def compute(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        return self.base(x) + self.scaling * self.up(self.down(x))  # type: ignore[no-any-return]
+        return self.base(x) + self.up(self.scaling * self.down(x))  # type: ignore[no-any-return]
 
     def matrix(self) -> Tensor:
         """[O, I]."""

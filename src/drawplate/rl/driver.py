@@ -198,19 +198,21 @@ class Reinforce:
         return score
 
     def _judged(self, rollout: Rollout) -> Rollout:
-        """Log-probabilities now and at the start of training, and entropies."""
+        """Log-probabilities now and, where a penalty asks, at the start of training; entropies."""
         how = self.how
         figures: dict[str, list[Tensor]] = {"old": [], "entropy": [], "reference": []}
         pieces = torch.arange(len(rollout.group)).tensor_split(how.updates * how.accumulate)
         forward = [(rollout.tokens[rows], rollout.mask[rows]) for rows in pieces if len(rows)]
-        for tokens, mask in forward:
-            logp, entropy = judge(self.model, tokens, mask, how.temperature)
-            figures["old"].append(logp)
-            figures["entropy"].append(entropy)
-        with self._started(), materialized(self.model, whole=True):
+        with materialized(self.model):
             for tokens, mask in forward:
-                figures["reference"].append(judge(self.model, tokens, mask, how.temperature)[0])
-        whole: dict[str, Any] = {name: torch.cat(parts) for name, parts in figures.items()}
+                logp, entropy = judge(self.model, tokens, mask, how.temperature)
+                figures["old"].append(logp)
+                figures["entropy"].append(entropy)
+        if how.penalties:
+            with self._started(), materialized(self.model, whole=True):
+                for tokens, mask in forward:
+                    figures["reference"].append(judge(self.model, tokens, mask, how.temperature)[0])
+        whole: dict[str, Any] = {name: torch.cat(parts) for name, parts in figures.items() if parts}
         return replace(rollout, **whole)
 
     def _prompt(self, place: int) -> int:

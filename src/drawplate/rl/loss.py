@@ -53,15 +53,17 @@ class PolicyLoss(Frozen):
         """Sums over the answers' tokens.
 
         `clip_fraction` counts clipped tokens; `kl_step` and `kl_start` are nats moved since the
-        answers were sampled and since training began.
+        answers were sampled and, where penalties compare with it, since training began.
         """
         moved = replace(rollout, logp=rollout.logp.detach())
         clipped = self.surrogate.clipped(self._log(moved), moved.advantage) & moved.mask
-        return {
+        figures = {
             "clip_fraction": clipped.sum(),
             "kl_step": divergence(moved.logp, moved.old).sum(),
-            "kl_start": divergence(moved.logp, moved.reference).sum(),
         }
+        if self.penalties:
+            figures["kl_start"] = divergence(moved.logp, moved.reference).sum()
+        return figures
 
     def _log(self, rollout: Rollout) -> Tensor:
         return self.ratio.log(rollout.logp, rollout.old, rollout.mask).clamp(-FAR, FAR)

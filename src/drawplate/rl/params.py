@@ -59,7 +59,7 @@ class Finetune(Training):
     """Optimizer steps on one batch of rollouts, each on an equal part of it."""
     temperature: PositiveFloat = 1.0
     """Of sampling. The policy that is trained is the one at this temperature."""
-    parallel: PositiveInt = 128
+    parallel: PositiveInt = 256
     """Most answers in flight while sampling: memory against speed."""
 
     adapt: Annotated[Adapt, OneOf()] = Lora()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from drawplate.train.attention import attention_for
 from drawplate.train.loss import token_losses
 
 Head = Callable[[Tensor], Tensor]
@@ -42,7 +43,8 @@ def _before(
     model: PreTrainedModel, tokens: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Head]:
     """The hidden state that predicts each answer token, [N, H], and what makes logits of it."""
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    with attention_for(model, tokens.shape[1]):
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     output = cast("Head", model.get_output_embeddings())
 
     def head(states: Tensor) -> Tensor:

@@ -105,12 +105,14 @@ class Stack:
         split = isinstance(self.parameters[0], DTensor)
         for i, transform in enumerate(self.transforms):
             wide = split and bool(transform.needs)
+            direction = direction.to(locals_[0].dtype if transform.coarse else weight.dtype)
             direction, self.memories[i] = transform.update(
                 self.gather(direction) if wide else direction,
                 self.memories[i],
                 self.gather(weight) if wide else weight,
             )
             direction = self.share(direction) if wide else direction
+        direction = direction.to(weight.dtype)
         weight = (weight * (1 - rate * decay)).sub_(direction, alpha=rate)
         if self.master is not None:
             self.master = weight

@@ -80,6 +80,14 @@ def is_linear(model: nn.Module, module: nn.Module) -> bool:
     return module is not head and isinstance(module, edits.Linear | edits.StandIn)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether all that `module` stores are vectors of its own: gains and, in some norms, shifts."""
+    if isinstance(module, edits.StandIn) or any(module.children()):
+        return False
+    stored = list(module.parameters())
+    return bool(stored) and all(each.ndim == 1 for each in stored)
+
+
 def has_scales(module: nn.Module) -> bool:
     """Whether `module` is stored as integer codes with scales."""
     return isinstance(module, QuantizedLinear | QuantizedTable)

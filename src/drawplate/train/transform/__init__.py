@@ -7,6 +7,7 @@ chain, once for all of them.
 """
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,6 +27,9 @@ class Transform(Method):
     `needs` may name "whole": a parameter that is split over processes has to be gathered first; and
     "matrix": it means nothing for vectors, and has to be gathered too.
     """
+
+    coarse: ClassVar[bool] = False
+    """Whether directions may come in the parameters' own precision, 16 bits where they have 16."""
 
     def init(self, parameter: Tensor) -> Memory:
         """[N, ...] -> the memory before the first step."""

@@ -5,7 +5,7 @@ X = G / |G|_F, then `steps` times X = a X + (b A + c A^2) X with A = X X^T: each
 
 Paper: Liu et al. 2025, Muon is Scalable for LLM Training, arXiv:2502.16982, sec. 2.1; method and
 coefficients are from Jordan et al. 2024, Muon: an optimizer for hidden layers in neural networks.
-Deviation: runs in the precision of its input, not always in bfloat16.
+Deviation: runs in the parameters' precision, in bfloat16 only where they are.
 Cost: at most 3 O I min(O, I) multiply-adds a round and matrix, no memory.
 """
 
@@ -26,6 +26,7 @@ class Orthogonalize(Transform):
     name: Literal["orthogonalize"] = "orthogonalize"
     paper: ClassVar[str] = "2502.16982"
     needs: ClassVar[frozenset[str]] = frozenset({"matrix"})
+    coarse: ClassVar[bool] = True
 
     steps: int = Field(5, ge=1, le=20)
     """Rounds of the iteration."""

@@ -71,7 +71,7 @@ def one_seed(seed: int, home: Path, changes: list[str]) -> dict[str, float]:
         ]:
             command += ["-S", change]
         started = time.monotonic()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
         subprocess.run(command, cwd=home, check=True, env=environment)
         figures[f"seconds.{stage}"] = time.monotonic() - started
     figures["seconds.all"] = sum(v for k, v in figures.items() if k.startswith("seconds."))

@@ -51,7 +51,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, no_args_is_help=True)
 @click.version_option(package_name="drawplate")
 def cli() -> None:
-    r"""Text in; a small, fast, evaluated reasoning language model out.
+    """Text in; a small, fast, evaluated reasoning language model out.
 
     \b
     Examples:
@@ -69,7 +69,7 @@ def cli() -> None:
 )
 @click.option("--preset", "names", multiple=True, help="Settings of a paper, such as rl/dler.")
 def run(stages: tuple[str, ...], changes: tuple[str, ...], names: tuple[str, ...]) -> None:
-    r"""Bring the pipeline of this folder up to date (all of it, or the named stages).
+    """Bring the pipeline of this folder up to date (all of it, or the named stages).
 
     \b
     Example:
@@ -84,7 +84,7 @@ def run(stages: tuple[str, ...], changes: tuple[str, ...], names: tuple[str, ...
 @click.argument("axis", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def methods(axis: str | None, as_json: bool) -> None:
-    r"""List the methods of every axis, or of one.
+    """List the methods of every axis, or of one.
 
     \b
     Example:
@@ -114,7 +114,7 @@ def methods(axis: str | None, as_json: bool) -> None:
 @click.argument("target")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def lineage(target: str, as_json: bool) -> None:
-    r"""Walk from a FOLDER or an MLflow RUN back to the raw text, verifying hashes on the way.
+    """Walk from a FOLDER or an MLflow RUN back to the raw text, verifying hashes on the way.
 
     \b
     Examples:
@@ -167,7 +167,7 @@ def _folder_of_run(run_id: str) -> Path:
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify(folder: Path) -> None:
-    r"""Compare every byte of an artifact with its manifest.
+    """Compare every byte of an artifact with its manifest.
 
     \b
     Example:
@@ -192,7 +192,7 @@ def verify(folder: Path) -> None:
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", default=0, show_default=True)
 def generate(prompt: str, model: Path, max_new: int, temperature: float, seed: int) -> None:
-    r"""Answer one PROMPT.
+    """Answer one PROMPT.
 
     \b
     Example:
@@ -210,7 +210,7 @@ def generate(prompt: str, model: Path, max_new: int, temperature: float, seed: i
 @click.option("--max-new", default=128, show_default=True, help="Most tokens of an answer.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 def chat(model: Path, max_new: int, temperature: float) -> None:
-    r"""Talk to a model; an empty line or Ctrl-D ends it.
+    """Talk to a model; an empty line or Ctrl-D ends it.
 
     \b
     Example:
@@ -235,7 +235,7 @@ def chat(model: Path, max_new: int, temperature: float) -> None:
 
 @cli.command()
 def report() -> None:
-    r"""Print the summary table and where the report, the model and the MLflow UI are.
+    """Print the summary table and where the report, the model and the MLflow UI are.
 
     \b
     Example:

@@ -455,6 +455,9 @@ def command(stage: Stage[Any, Any, Any], doc: str) -> click.Command:
         prepare_process()
         stage(params, inputs, out, metrics=metrics, record=record, execution=execution)
 
+    needed = [option for option in (*roles, *common) if option.required]
+    words = " ".join(f"{option.opts[0]} {option.opts[0].strip('-').upper()}" for option in needed)
+    doc += f"\n\n\b\nExample:\n  drawplate {stage.name} {words} --params params.yaml"
     return click.Command(stage.name, params=[*roles, *common], callback=call, help=doc)
 
 

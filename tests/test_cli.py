@@ -22,7 +22,8 @@ def names():
 def test_every_command_has_help(name):
     result = CliRunner().invoke(cli, [name, "--help"])
     assert result.exit_code == 0
-    assert "--" in result.output
+    assert any(line.startswith(f"    drawplate {name}") for line in result.output.splitlines())
+    assert "\\b" not in result.output
 
 
 def test_stages_stand_first_and_help_imports_nothing_heavy():

@@ -160,13 +160,21 @@ def main() -> None:
     record = {
         "seeds": given.seeds,
         "changes": given.changes,
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "drawplate")}
-        | {"python": platform.python_version()},
+        **machine(),
         "runs": runs,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def machine() -> dict[str, dict[str, object]]:
+    """What figures were measured on."""
+    names = ("torch", "transformers", "dvc", "mlflow", "drawplate")
+    versions: dict[str, object] = {name: version(name) for name in names}
+    return {
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "versions": versions | {"python": platform.python_version()},
+    }
 
 
 def processor() -> str:

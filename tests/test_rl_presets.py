@@ -20,7 +20,7 @@ SMALL = {
 
 
 def test_the_recipes_of_the_papers_are_there():
-    wanted = ["cispo", "dapo", "dler", "dr_grpo", "grpo", "gspo", "reinforce_pp", "rloo"]
+    wanted = ["cispo", "dapo", "dispo", "dler", "dr_grpo", "grpo", "gspo", "reinforce_pp", "rloo"]
     assert [name.removeprefix("rl/") for name in NAMES] == wanted
 
 

@@ -41,6 +41,8 @@ class QuantizedLinear(Packed):
         zero = torch.empty(self.out_features, groups, dtype=torch.uint8, device=where["device"])
         self.register_buffer("zero", zero if spec.zero else None)
         levels = torch.empty(2**self.bits, dtype=torch.float32, device=where["device"])
+        if spec.tables:
+            levels = levels.new_empty(self.out_features, 2**self.bits, dtype=torch.float16)
         self.register_buffer("levels", levels if spec.levels else None)
         self.bias = bias_like(old)
 
@@ -80,6 +82,8 @@ class Quantized(Edit):
     """Whether each group stores an integer zero point."""
     levels: bool
     """Whether a table of 2**bits levels is stored; otherwise a code is its own level."""
+    tables: bool = False
+    """Whether each output has such a table of its own, in float16."""
     kept: NonNegativeInt | None = None
     """Number of surviving weights where the layer was sparse."""
     n: PositiveInt | None = None
@@ -113,7 +117,7 @@ def tensors(
 ) -> dict[str, Tensor]:
     """What fills a `QuantizedLinear`.
 
-    Codes [O, I], scale and zero [O, groups], levels [2**bits], mask [O, I].
+    Codes [O, I], scale and zero [O, groups], levels [2**bits] or [O, 2**bits], mask [O, I].
     """
     stored = codes.flatten() if keep is None else codes[keep]
     filled = {"codes": pack(stored, bits), "scale": scale}
@@ -129,10 +133,18 @@ def spec(
     group: int,
     zero: bool,
     levels: bool,
+    tables: bool = False,
 ) -> Quantized:
     """The spec for quantizing `old`; where `earlier` made it sparse its mask is carried on."""
     kept = old.values.numel() if isinstance(old, SparseLinear) else None
     pattern = {key: getattr(earlier, key, None) for key in ("n", "m")} if kept is not None else {}
     return Quantized(
-        module=module, bits=bits, group=group, zero=zero, levels=levels, kept=kept, **pattern
+        module=module,
+        bits=bits,
+        group=group,
+        zero=zero,
+        levels=levels,
+        tables=tables,
+        kept=kept,
+        **pattern,
     )

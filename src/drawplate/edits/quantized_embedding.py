@@ -39,6 +39,8 @@ class QuantizedTable(nn.Module):
         zero = torch.empty(self.num_embeddings, groups, **small) if edit.zero else None
         self.register_buffer("zero", zero)
         levels = torch.empty(2**self.bits, dtype=torch.float32, device=where["device"])
+        if edit.tables:
+            levels = levels.new_empty(self.num_embeddings, 2**self.bits, dtype=torch.float16)
         self.register_buffer("levels", levels if edit.levels else None)
 
     def rows(self, index: Tensor | slice) -> Tensor:
@@ -47,7 +49,10 @@ class QuantizedTable(nn.Module):
         codes = unpack(packed.flatten(), self.bits, len(packed) * self.embedding_dim)
         zero = None if self.zero is None else self.zero[index]
         codes = codes.view(len(packed), self.embedding_dim)
-        dense = decode(self.levels, codes, self.scale[index], zero, self.group)
+        levels = self.levels
+        if levels is not None and levels.ndim == 2:
+            levels = levels[index]
+        dense = decode(levels, codes, self.scale[index], zero, self.group)
         return dense.to(self.scale.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -86,6 +91,8 @@ class QuantizedEmbedding(Edit):
     """Whether each group stores an integer zero point."""
     levels: bool
     """Whether a table of 2**bits levels is stored."""
+    tables: bool = False
+    """Whether each token has such a table of its own, in float16."""
     head: str | None = None
     """Path of the output head that was tied to this table."""
 

@@ -218,6 +218,8 @@ def _compare(parent: _Found, child: _Found, params: Evaluate, *name: str) -> tup
         found.append(compare_ratios(f"pass_at_{k}", *solved, chance, *name, "pass", k, higher=True))
     lengths = parent.drawn.lengths.mean(1), child.drawn.lengths.mean(1), each
     found.append(compare_ratios("length", *lengths, chance, *name, "length", higher=False))
+    cut = (~parent.drawn.finished).mean(1), (~child.drawn.finished).mean(1), each
+    found.append(compare_ratios("truncated", *cut, chance, *name, "truncated", higher=False))
     return tuple(found)
 
 

@@ -90,9 +90,12 @@ def label(metric: str) -> str:
     """What a metric is called on the page."""
     if metric.startswith("pass_at_"):
         return f"pass@{metric.removeprefix('pass_at_')}"
-    return {"greedy": "solved (greedy)", "length": "tokens of an answer"}.get(
-        metric, metric.replace("_", " ")
-    )
+    named = {
+        "greedy": "solved (greedy)",
+        "length": "tokens of an answer",
+        "truncated": "answers cut off",
+    }
+    return named.get(metric, metric.replace("_", " "))
 
 
 def visible(text: str) -> str:

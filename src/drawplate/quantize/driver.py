@@ -23,7 +23,7 @@ from drawplate.edits.quantized import spec, tensors
 from drawplate.edits.quantized_embedding import QuantizedEmbedding, is_tied
 from drawplate.edits.sparse import SparseLinear
 from drawplate.quantize.grid import Grid
-from drawplate.quantize.round import Round, Rounded
+from drawplate.quantize.round import Round, Rounded, learn
 from drawplate.train.loop import fingerprint
 
 Bits = Literal[2, 3, 4, 8]
@@ -186,15 +186,29 @@ def _wide(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, kinds)]
 
 
+def _learned(
+    weight: Tensor, stats: Stats, bits: int, params: Quantize, keep: Tensor | None = None
+) -> Tensor:
+    """The table of one layer [O, I], or one for each of its rows."""
+    weight = weight if keep is None else weight * keep
+    return learn(params.grid, weight, bits, params.group or weight.shape[1], stats)
+
+
 def _rounded(
-    weight: Tensor, stats: Stats, bits: int, params: Quantize, keep: Tensor | None
+    weight: Tensor, levels: Tensor, stats: Stats, bits: int, params: Quantize, keep: Tensor | None
 ) -> Rounded:
-    """Rounds `weight` [O, I] some rows at a time."""
+    """Rounds `weight` [O, I] on `levels` some rows at a time."""
     group, count = params.group or weight.shape[1], max(1, _CHUNK // weight.shape[1])
     some = [slice(start, start + count) for start in range(0, len(weight), count)]
     parts = [
         params.round.solve(
-            weight[rows], stats, params.grid, bits, group, None if keep is None else keep[rows]
+            weight[rows],
+            stats,
+            params.grid,
+            bits,
+            group,
+            None if keep is None else keep[rows],
+            levels if levels.ndim == 1 else levels[rows],
         )
         for rows in some
     ]
@@ -204,6 +218,7 @@ def _rounded(
         codes=torch.cat([part.codes for part in parts]),
         scale=torch.cat([part.scale for part in parts]),
         zero=torch.cat(zeros) if zeros else None,
+        levels=levels,
     )
 
 
@@ -218,17 +233,26 @@ def _solve(model: nn.Module, sites: list[Site], bits: Bits, params: Quantize) ->
     if any(mask is not None for mask in masks):
         full = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
         keep = torch.cat([b if a is None else a for a, b in zip(masks, full, strict=True)])
-    whole = _rounded(torch.cat(weights), stats, bits, params, keep)
+    own_levels = [
+        _learned(weight, stats, bits, params, mask)
+        for weight, mask in zip(weights, masks, strict=True)
+    ]
+    table = own_levels[0]
+    if any(other.ndim == 2 or not torch.equal(other, table) for other in own_levels):
+        spread = [o.expand(len(w), -1) for o, w in zip(own_levels, weights, strict=True)]
+        table = torch.cat(spread)
+    whole = _rounded(torch.cat(weights), table, stats, bits, params, keep)
     earlier = {edit.module: edit for edit in edits.of(model)}
     changes: list[edits.Change] = []
     rows: list[Layer] = []
     start = 0
-    for site, weight, mask in zip(sites, weights, masks, strict=True):
+    for site, weight, mask, table in zip(sites, weights, masks, own_levels, strict=True):
         own = slice(start, start := start + len(weight))
         part = whole._replace(
             codes=whole.codes[own],
             scale=whole.scale[own],
             zero=None if whole.zero is None else whole.zero[own],
+            levels=table,
         )
         levels, scale = _levels(part), _fits(site.path, part.scale, site.module)
         edit = spec(
@@ -239,6 +263,7 @@ def _solve(model: nn.Module, sites: list[Site], bits: Bits, params: Quantize) ->
             part.group,
             part.zero is not None,
             levels is not None,
+            levels is not None and levels.ndim == 2,
         )
         changes.append((edit, tensors(part.codes, scale, part.zero, levels, bits, mask)))
         rows.append(_layer(edit, site.module, weight, part, stats))
@@ -258,7 +283,7 @@ def _table(
     weight = module.weight.float()
     require_finite(f"{path}: its weight", weight)
     apart = Stats(count=1, gram=torch.eye(weight.shape[1], device=weight.device))
-    part = _rounded(weight, apart, bits, params, None)
+    part = _rounded(weight, _learned(weight, apart, bits, params), apart, bits, params, None)
     levels, scale = _levels(part), _fits(path, part.scale, module)
     edit = QuantizedEmbedding(
         module=path,
@@ -266,6 +291,7 @@ def _table(
         group=part.group,
         zero=part.zero is not None,
         levels=levels is not None,
+        tables=levels is not None and levels.ndim == 2,
         head=head,
     )
     filled = tensors(part.codes, scale, part.zero, levels, bits)
@@ -280,7 +306,7 @@ def _layer(
     difference, dense = (part.weight() - weight).double(), weight.double()
     return Layer(
         path=edit.module,
-        bits=(len(part.levels) - 1).bit_length(),
+        bits=(part.levels.shape[-1] - 1).bit_length(),
         group=part.group,
         weight_error=_share(difference.square().sum(), dense.square().sum()),
         activation_error=None
@@ -297,7 +323,9 @@ def _share(error: Tensor, size: Tensor) -> float:
 
 
 def _levels(part: Rounded) -> Tensor | None:
-    """The table that must be stored; None where every code is its own level."""
+    """What must be stored: a table, one a row in float16, or None where a code is its own level."""
+    if part.levels.ndim == 2:
+        return part.levels.half()
     plain = torch.arange(len(part.levels), device=part.levels.device)
     return None if torch.equal(part.levels, plain.to(part.levels)) else part.levels
 

@@ -2,7 +2,8 @@
 
 A grid is a table of levels. A group of weights shares one scale and, where the grid has one, an
 integer zero point; code c then stands for (levels[c] - zero) * scale. A scale is rounded up to
-bfloat16 before any code is chosen, so that what is decoded later is what was optimised here.
+bfloat16 before any code is chosen, so that what is decoded later is what was optimised here. Some
+grids learn their table from the weights: one for a layer, or one for each of its rows.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ SMALLEST = 2.0**-100
 
 class Grid(Method):
     """Contract: 0 is always a value of the grid, and the error never exceeds half the widest gap
-    inside [low, high] when `step(low, high)` is the scale.
+    inside [low, high] when `step(low, high)` is the scale and the table is not a learned one.
 
-    Shapes: weights [..., N] in groups along the last axis, scale and zero [...]. Everything is
-    elementwise over the leading axes, so a batch of groups equals a loop over them.
+    Shapes: weights [..., N] in groups along the last axis, scale and zero [...]. Everything but
+    `learn` is elementwise over the leading axes, so a batch of groups equals a loop over them.
+    Tables are [K], or [O, K] with one for each entry of the first axis.
     """  # noqa: D205
 
     search: int = Field(default=8, ge=1, le=256)
@@ -46,15 +48,34 @@ class Grid(Method):
         del low, scale, bits
         return None
 
+    def learn(self, weight: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+        """A layer's weights [O, G, N] -> its table [K], or one a row [O, K], float32, rising.
+
+        A table for each row holds numbers that float16 can. Where nothing is learned: `levels`.
+        """
+        del importance
+        return self.levels(bits).to(weight.device)
+
     def fit(
-        self, weight: Tensor, bits: int, importance: Tensor | None = None
+        self,
+        weight: Tensor,
+        bits: int,
+        importance: Tensor | None = None,
+        levels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Weights [..., N] -> scale bfloat16 [...], zero uint8 [...] or None.
 
         Least sum of importance * (decode(encode(w)) - w)^2 over the ranges tried, the wider one
-        where two are equal; `importance` broadcasts against [..., N].
+        where two are equal; `importance` broadcasts against [..., N]. `levels`: a learned table.
         """
-        levels = self.levels(bits).to(weight)
+        _, scale, zero = self.lay(weight, bits, importance, levels)
+        return scale, zero
+
+    def lay(
+        self, weight: Tensor, bits: int, importance: Tensor | None, levels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `fit`, preceded by the least loss [...]."""
+        levels = (self.levels(bits) if levels is None else levels).to(weight)
         low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
         best: list[Tensor] = []
         for turn in range(self.search):
@@ -72,7 +93,7 @@ class Grid(Method):
                 if wins is None
                 else [torch.where(wins, a, b) for a, b in zip(tried, best, strict=True)]
             )
-        return best[1], best[2] if len(best) == 3 else None
+        return best[0], best[1], best[2] if len(best) == 3 else None
 
     def encode(self, x: Tensor, levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Codes of the nearest values, uint8 like `x`; scale and zero broadcast against `x`.
@@ -80,11 +101,18 @@ class Grid(Method):
         Half-way between two values the lower one is taken; values beyond the ends go to the ends.
         """
         at = x / scale if zero is None else x / scale + zero
-        return torch.bucketize(at, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        middle = (levels[..., 1:] + levels[..., :-1]) / 2
+        if levels.ndim == 1:
+            return torch.bucketize(at, middle).to(torch.uint8)
+        rows = at.reshape(len(levels), -1)
+        return torch.searchsorted(middle, rows).view(at.shape).to(torch.uint8)
 
     def decode(self, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """(levels[codes] - zero) * scale, in the dtype of `levels`."""
-        value = levels.index_select(0, codes.flatten().int()).view(codes.shape)
+        if levels.ndim == 1:
+            value = levels.index_select(0, codes.flatten().int()).view(codes.shape)
+        else:
+            value = levels.gather(1, codes.reshape(len(levels), -1).long()).view(codes.shape)
         return (value if zero is None else value - zero) * scale
 
 

@@ -28,7 +28,7 @@ class Rounded(NamedTuple):
     zero: Tensor | None
     """uint8 [O, ceil(I / group)], or None where the grid has no zero points."""
     levels: Tensor
-    """[2**bits] float32."""
+    """[2**bits] float32, or [O, 2**bits]: a table for each row."""
     group: int
 
     def weight(self) -> Tensor:
@@ -51,26 +51,48 @@ class Round(Method):
         bits: int,
         group: int,
         keep: Tensor | None = None,
+        levels: Tensor | None = None,
     ) -> Rounded:
         """Weight [O, I], its input's statistics, keep bool [O, I] or None for all -> codes.
 
         The weight is float32 or float64, and the work is done in that. `group` inputs share a
-        scale; where it does not divide I the last group is short.
+        scale; where it does not divide I the last group is short. `levels` are what the grid
+        learned, [2**bits] or [O, 2**bits]; None: the grid's own.
         """
 
 
 def fit(
-    grid: Grid, weight: Tensor, bits: int, group: int, stats: Stats
+    grid: Grid,
+    weight: Tensor,
+    bits: int,
+    group: int,
+    stats: Stats,
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Lays every group of a weight [O, I] on the grid: scale, zero [O, ceil(I / group)].
-
-    Errors count by the mean square of their input. A short last group is filled up with zeros,
-    which every grid holds exactly, so they change nothing.
-    """
-    rows, missing = max(1, _CHUNK // weight.shape[1]), -weight.shape[1] % group
-    importance = pad(stats.gram.diagonal().to(weight), (0, missing)).view(-1, group)
-    groups = pad(weight, (0, missing)).view(len(weight), -1, group)
-    scales, zeros = zip(
-        *(grid.fit(some, bits, importance) for some in torch.split(groups, rows)), strict=True
-    )
+    """Lays every group of a weight [O, I] on the grid: scale, zero [O, ceil(I / group)]."""
+    groups, importance = _groups(weight, group, stats)
+    count = max(1, _CHUNK // weight.shape[1])
+    parts = []
+    for start in range(0, len(weight), count):
+        some = slice(start, start + count)
+        table = levels[some] if levels is not None and levels.ndim == 2 else levels
+        parts.append(grid.fit(groups[some], bits, importance, table))
+    scales, zeros = zip(*parts, strict=True)
     return torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)
+
+
+def learn(grid: Grid, weight: Tensor, bits: int, group: int, stats: Stats) -> Tensor:
+    """The table that `grid` learns for a layer [O, I]: [2**bits], or [O, 2**bits]."""
+    groups, importance = _groups(weight, group, stats)
+    return grid.learn(groups, bits, importance)
+
+
+def _groups(weight: Tensor, group: int, stats: Stats) -> tuple[Tensor, Tensor]:
+    """Weight [O, I] -> groups [O, G, N], and what their errors count for [G, N].
+
+    That is the mean square of their input. A short last group is filled up with zeros, which every
+    grid holds exactly and which count for nothing, so they change nothing.
+    """
+    missing = -weight.shape[1] % group
+    importance = pad(stats.gram.diagonal().to(weight), (0, missing)).view(-1, group)
+    return pad(weight, (0, missing)).view(len(weight), -1, group), importance

@@ -45,6 +45,7 @@ class Gptq(Round):
         bits: int,
         group: int,
         keep: Tensor | None = None,
+        levels: Tensor | None = None,
     ) -> Rounded:
         """Weight [O, I] -> codes of least output error, greedily column by column.
 
@@ -53,7 +54,8 @@ class Gptq(Round):
             NotFinite: it holds NaN or infinity.
         """
         weight = weight if keep is None else weight * keep
-        levels, width = grid.levels(bits).to(weight.device), weight.shape[1]
+        levels, width = (grid.levels(bits) if levels is None else levels), weight.shape[1]
+        levels = levels.to(weight.device)
         table, energy = levels.to(weight), stats.gram.diagonal().to(weight)
         natural = self.order == "natural"
         order = torch.arange(width, device=weight.device)
@@ -71,7 +73,7 @@ class Gptq(Round):
         scales: list[Tensor] = []
         zeros: list[Tensor | None] = []
         if not natural:
-            scale, zero = fit(grid, weight, bits, group, stats)
+            scale, zero = fit(grid, weight, bits, group, stats, levels)
             scales += scale.unbind(1)
             zeros += [None] * len(scales) if zero is None else zero.unbind(1)
 
@@ -84,7 +86,7 @@ class Gptq(Round):
             within, due = feedback[first:last, first:last], current[first:last] - wanted[first:last]
             moved = torch.linalg.solve_triangular(within.T, due, upper=False, unitriangular=True)
             reached = kept(wanted[first:last] + moved, first).T.contiguous()
-            scale, zero = grid.fit(reached, bits, energy[first:last])
+            scale, zero = grid.fit(reached, bits, energy[first:last], levels)
             scales.append(scale)
             zeros.append(zero)
 

@@ -29,11 +29,13 @@ class Nearest(Round):
         bits: int,
         group: int,
         keep: Tensor | None = None,
+        levels: Tensor | None = None,
     ) -> Rounded:
         """Weight [O, I] -> codes; groups are fitted to the weights that are kept."""
         weight = weight if keep is None else weight * keep
-        levels, width = grid.levels(bits).to(weight.device), weight.shape[1]
-        scale, zero = fit(grid, weight, bits, group, stats)
+        levels, width = (grid.levels(bits) if levels is None else levels), weight.shape[1]
+        levels = levels.to(weight.device)
+        scale, zero = fit(grid, weight, bits, group, stats, levels)
         offset = None if zero is None else spread(zero, group, width)
         codes = grid.encode(weight, levels.to(weight), spread(scale, group, width), offset)
         return Rounded(codes, scale, zero, levels, group)

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, LlamaC
 
 from drawplate import edits
 from drawplate.core.errors import NotFinite, UserError
+from drawplate.core.products import swift
 from drawplate.edits import low_rank, materialized, sparse
 from drawplate.model.decoder import General, decoder
 from drawplate.model.filter.min_p import MinP
 from drawplate.model.filter.top_k import TopK
 from drawplate.model.filter.top_p import TopP
 from drawplate.model.lean import Lean
-from drawplate.model.products import swift
 from drawplate.model.sample import sample
 
 END = 7

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import drawplate.model.products as products
+import drawplate.core.products as products
+from drawplate.core.products import plain, swift
 from drawplate.model.filter.top_k import TopK
 from drawplate.model.philox import philox, uniforms
-from drawplate.model.products import plain, swift
 from drawplate.model.sample import draw
 from drawplate.model.slots import Slots
 

@@ -20,6 +20,7 @@ from drawplate import edits
 from drawplate.core.artifact import publish, verify
 from drawplate.core.errors import Damaged, NotFinite, UserError
 from drawplate.core.hf import blocks
+from drawplate.core.products import swift
 from drawplate.core.progress import Watch, silent
 from drawplate.core.stats import Gather, Stats
 
@@ -94,10 +95,13 @@ def walk(
             outcome = visit(number, sites)
             _apply(model, outcome, work, number)
             done = outcome.rows
-            hidden = _run(block, hidden, calls) if outcome.changes else outputs
+            changed = bool(outcome.changes)
         else:
-            hidden = _run(block, hidden, calls)
+            outputs, changed = hidden, True
         rows += done
+        # What leaves the last block is read by nobody here.
+        rerun = changed and number + 1 < len(layers)
+        hidden = _run(block, hidden, calls) if rerun else outputs
         if not all(bool(state.isfinite().all()) for state in hidden):
             raise NotFinite(
                 f"{prefix}.{number}: its output holds NaN or infinity on the calibration rows"
@@ -139,7 +143,8 @@ def _forward(block: nn.Module, hidden: Tensor, call: dict[str, Any]) -> Tensor:
 
 
 def _run(block: nn.Module, hidden: list[Tensor], calls: list[dict[str, Any]]) -> list[Tensor]:
-    return [_forward(block, state, call) for state, call in zip(hidden, calls, strict=True)]
+    with edits.materialized(block), swift(block):
+        return [_forward(block, state, call) for state, call in zip(hidden, calls, strict=True)]
 
 
 @contextmanager
@@ -211,7 +216,7 @@ def _visit_head(
         return done
     module = cast("Any", model).get_output_embeddings()
     (path,) = (path for path, other in model.named_modules() if other is module)
-    with _listening({path: module}, needs) as records:
+    with swift(model), _listening({path: module}, needs) as records:
         for chunk in torch.split(tokens, batch):
             model(input_ids=chunk.to(edits.placement(model)["device"]), use_cache=False)
     outcome = visit(-1, [Site(path, module, records()[path])])

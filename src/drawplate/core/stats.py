@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from drawplate.core.products import gram
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -52,7 +54,7 @@ class Gather:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.count += len(rows)
         if "gram" in self.needs:
-            self._sum("gram", (rows.T @ rows).double())
+            self._sum("gram", gram(rows).double())
         if "mean" in self.needs:
             self._sum("mean", rows.sum(0).double())
         if "absmean" in self.needs:

@@ -20,7 +20,7 @@ from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from drawplate.model.products import plain
+from drawplate.core.products import plain
 from drawplate.model.slots import Layers, Slots
 
 Map = Callable[[Tensor], Tensor]

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drawplate.core.errors import NotFinite, UserError
+from drawplate.core.products import swift
 from drawplate.core.progress import Watch, silent
 from drawplate.core.seeds import seed_of
 from drawplate.model.decoder import decoder
 from drawplate.model.filter import TokenFilter
 from drawplate.model.flight import Flight
 from drawplate.model.philox import uniforms
-from drawplate.model.products import swift
 
 
 @dataclass(frozen=True)

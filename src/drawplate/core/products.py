@@ -20,6 +20,19 @@ def _product(*given: Any) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(*given)  # type: ignore[no-any-return]
 
 
+def gram(rows: Tensor) -> Tensor:
+    """Sum of x x^T over the rows x of [N, I] -> [I, I]."""
+    if not _onednn(rows):
+        return rows.T @ rows
+    return _product(rows.T, rows.T, None, "none", [], "")
+
+
+def _onednn(values: Tensor) -> bool:
+    """Whether oneDNN multiplies these: MKL takes twice as long on processors not made by Intel."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and values.dtype is torch.float32 and values.device.type == "cpu"
+
+
 def plain(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight [O, I] and bias [O], if `module` is nothing but their product with its input.
 
@@ -65,17 +78,11 @@ def _call(
         weight = weight.to(precision)
         bias = None if bias is None else bias.to(precision)
         return lambda x: F.linear(x.to(precision), weight, bias).to(x.dtype)
-    onednn = (
-        weight.dtype is torch.float32
-        and weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    )
-    if not onednn:
+    if not _onednn(weight):
         return lambda x: F.linear(x, weight, bias)
     width = weight.shape[1]
 
     def call(x: Tensor) -> Tensor:
-        # F.linear goes to MKL, which takes twice as long on processors not made by Intel.
         if x.numel() < _FEW * width:
             return F.linear(x, weight, bias)
         return _product(x, weight, bias, "none", [], "")

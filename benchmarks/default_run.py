@@ -4,7 +4,7 @@
 
 Each seed is a whole pipeline of its own (data order, initial weights, calibration, rollouts and
 evaluation draw from it) in a folder of its own; only the text is the same. Writes
-`benchmarks/results/default_run.json` and prints the table that benchmarks/README.md shows.
+`benchmarks/results/default_run.json` and, beside it, the tables that it prints.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def main() -> None:
     for seed in given.seeds:
         with tempfile.TemporaryDirectory() as home:
             runs.append(one_seed(seed, Path(home), given.changes))
-        print(table(runs), "\n\n", goals(runs), "\n", sep="", flush=True)
+        shown = f"{table(runs)}\n\n{goals(runs)}\n"
+        print(shown, flush=True)
     record = {
         "seeds": given.seeds,
         "changes": given.changes,
@@ -165,6 +166,7 @@ def main() -> None:
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    given.out.with_suffix(".md").write_text(shown)
 
 
 def machine() -> dict[str, dict[str, object]]:

@@ -14,6 +14,8 @@ from drawplate.rl.params import Finetune
 from drawplate.rl.penalty.k3 import K3
 from drawplate.rl.select.every import Every
 from drawplate.rl.select.varied import Varied
+from drawplate.rl.surrogate.cispo import Cispo
+from drawplate.rl.surrogate.ppo_clip import PpoClip
 from drawplate.train.loop import Stopped
 from tests import tiny
 
@@ -89,9 +91,28 @@ def test_a_batch_is_what_was_sampled():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_sampler_and_training_agree_on_the_policy(temperature):
-    t = task(settings(temperature=temperature))
-    t.batch(0)
-    assert t.figures["ratio_drift"] < 1e-5
+    for penalties in ((), (K3(),)):
+        t = task(settings(temperature=temperature, penalties=penalties))
+        _, metrics = gradients(t, t.batch(0), 1)
+        assert 0 < metrics["ratio_drift"] < 1e-5
+        assert metrics["entropy"] > 0
+
+
+@pytest.mark.parametrize("surrogate", [PpoClip(), Cispo()])
+def test_the_training_pass_stands_in_for_a_look_before_it(surrogate):
+    """Where a policy learns from its own answers once, ratios start at one either way."""
+    once = task(settings(surrogate=surrogate))
+    twice = task(settings(surrogate=surrogate, penalties=(K3(weight=0.0),)))
+    assert once.how.once
+    assert not twice.how.once
+    one, other = once.batch(0), twice.batch(0)
+    assert not one["old"].any()
+    assert other["old"].any()
+    found, wanted = gradients(once, one, 2), gradients(twice, other, 2)
+    for name, gradient in wanted[0].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-4, atol=1e-8)
+    for name in ("loss", "entropy", "clip_fraction"):
+        assert found[1][name] == pytest.approx(wanted[1][name], rel=1e-4, abs=1e-7)
 
 
 def test_a_function_of_seed_and_step():

@@ -105,9 +105,10 @@ def test_metrics():
     parts = {"ratio": Token(), "surrogate": PpoClip(), "reduce": TokenMean()}
     assert "kl_start" not in PolicyLoss(**parts).metrics(r)
     loss = PolicyLoss(**parts, penalties=(K3(),))
-    still = loss.metrics(rollout(logp=r.old, reference=r.old))
+    still = loss.metrics(rollout(logp=r.old, reference=r.old, sampled=r.old))
     assert {name: float(value) for name, value in still.items()} == {
         "clip_fraction": 0,
+        "ratio_drift": 0,
         "kl_step": 0,
         "kl_start": 0,
     }

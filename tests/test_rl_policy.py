@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drawplate.rl.policy import judge, logprobs
+from drawplate.rl.policy import judge
 from tests import tiny
 
 
@@ -19,7 +19,7 @@ def test_is_the_softmax_of_the_models_logits(kind, temperature):
     model = tiny.model(kind).double().requires_grad_(False)
     tokens, mask = case()
     logp, entropy = judge(model, tokens, mask, temperature)
-    assert torch.equal(logp, logprobs(model, tokens, mask, temperature).detach())
+    assert not entropy.requires_grad
     for i, inside in enumerate(mask):
         last = int(inside.nonzero().max()) + 1
         p = (model(input_ids=tokens[i : i + 1, :last]).logits[0] / temperature).softmax(-1)
@@ -37,7 +37,7 @@ def test_gradient_is_the_models():
     model = tiny.model().double()
     tokens, mask = case()
     weight = model.model.layers[0].mlp.up_proj.weight
-    (got,) = torch.autograd.grad(logprobs(model, tokens, mask, 0.7).sum(), weight)
+    (got,) = torch.autograd.grad(judge(model, tokens, mask, 0.7)[0].sum(), weight)
     log = (model(input_ids=tokens).logits / 0.7).log_softmax(-1)[:, :-1]
     value = log.gather(-1, tokens[:, 1:, None]).squeeze(-1)
     (want,) = torch.autograd.grad(value[mask[:, 1:]].sum(), weight)

@@ -13,14 +13,28 @@ DEFAULTS = Finetune().model_dump(mode="json")
 SMALL = {
     "steps": 2,
     "prompts": 3,
-    "samples": 4,
+    "samples": 11,
     "length": {"name": "constant", "tokens": 6},
     "adapt": {"name": "lora", "rank": 2},
 }
 
 
 def test_the_recipes_of_the_papers_are_there():
-    wanted = ["cispo", "dapo", "dispo", "dler", "dr_grpo", "grpo", "gspo", "reinforce_pp", "rloo"]
+    wanted = [
+        "cispo",
+        "da_dler",
+        "dapo",
+        "dispo",
+        "dler",
+        "dler_merge",
+        "dot",
+        "dr_grpo",
+        "grpo",
+        "gspo",
+        "reinforce_pp",
+        "rloo",
+        "siri",
+    ]
     assert [name.removeprefix("rl/") for name in NAMES] == wanted
 
 

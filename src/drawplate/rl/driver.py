@@ -1,7 +1,7 @@
 """Rollouts in, gradients out: reinforcement learning as a task of the training loop.
 
-Once per batch of rollouts, in this order: limit, prompts, answers, score, shaping, selection (and
-again for what was not kept), log-probabilities under the policy that sampled and the one that
+Once per batch of rollouts, in this order: limit, prompts, answers, score, cuts, shaping, selection
+(and again for what was not kept), log-probabilities under the policy that sampled and the one that
 training started from, advantage. Then `updates` optimizer steps, each on its own part of the batch,
 whose tokens are weighed within that part.
 """
@@ -28,7 +28,7 @@ from drawplate.core.seeds import generator, seed_of
 from drawplate.edits import materialized
 from drawplate.model.sample import sample
 from drawplate.rl.params import Finetune
-from drawplate.rl.policy import judge, logprobs
+from drawplate.rl.policy import judge
 from drawplate.rl.rollout import Rollout, join
 from drawplate.train import precision
 from drawplate.train.distributed import ALONE, World
@@ -60,6 +60,7 @@ class Reinforce:
         self.moving = how.adapt.install(model, how.seed)
         self.start = {name: p.detach().clone() for name, p in self.moving.items()}
         self.cursor = 0
+        self.shares: list[float] = []
         self.round = -1
         self.rollout: Rollout | None = None
         self.figures: dict[str, float] = {}
@@ -86,6 +87,7 @@ class Reinforce:
         return {
             **mine.tensors(),
             "share": self.loss_of.weight(mine),
+            "held": self.loss_of.held(mine),
             "limit": torch.tensor(mine.limit),
             "rows": torch.tensor(len(mine.group)),
             "count": mine.mask.sum().cpu(),
@@ -99,11 +101,13 @@ class Reinforce:
         model.eval()  # the policy that answered had no dropout either
         policy = cast("PreTrainedModel", model)
         rollout = _unpack(part, int(part["limit"]))
-        logp = logprobs(policy, rollout.tokens, rollout.mask, self.how.temperature)
-        rollout = replace(rollout, logp=logp)
-        value = -(part["share"] * self.loss_of.objective(rollout)).sum()
+        logp, entropy = judge(policy, rollout.tokens, rollout.mask, self.how.temperature)
+        old = logp.detach() if self.how.once else rollout.old
+        rollout = replace(rollout, logp=logp, old=old)
+        value = -(part["share"] * self.loss_of.objective(rollout, part["held"])).sum()
         tokens = part["count"]
-        metrics = {name: v / tokens for name, v in self.loss_of.metrics(rollout).items()}
+        sums = {**self.loss_of.metrics(rollout), "entropy": entropy.sum()}
+        metrics = {name: v / tokens for name, v in sums.items()}
         share = len(rollout.group) / part["rows"]
         for name in self.figures:
             metrics[name] = part[f"figure/{name}"] * share
@@ -113,6 +117,7 @@ class Reinforce:
         """Where in the prompts training is, and the rollouts where they serve several steps."""
         return {
             "cursor": self.cursor,
+            "shares": list(self.shares),
             "round": self.round,
             "limit": self.rollout.limit if self.rollout else 0,
             "figures": dict(self.figures),
@@ -122,11 +127,24 @@ class Reinforce:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Back to `state`."""
         self.cursor, self.round = state["cursor"], state["round"]
+        self.shares = list(state["shares"])
         self.figures, self.packed = dict(state["figures"]), state["rollout"]
         self.rollout = None
         if self.packed is not None:
             tensors = load(base64.b64decode(self.packed))
             self.rollout = _unpack(tensors, state["limit"]).to(self.model.device)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Puts together what training started from and what it found."""
+        start, trained = (
+            torch.cat([value.flatten() for value in values.values()])
+            for values in (self.start, self.moving)
+        )
+        merged = self.how.merge.merged(start, trained)
+        pieces = torch.split(merged, [value.numel() for value in self.start.values()])
+        named = zip(self.start.items(), pieces, strict=True)
+        self._set({name: piece.view_as(value) for (name, value), piece in named})
 
     @torch.no_grad()
     def _collect(self, number: int) -> None:
@@ -136,21 +154,27 @@ class Reinforce:
         limit = how.length.limit(min(number * how.updates, how.steps - 1), how.steps)
         drawn: list[Rollout] = []
         kept: list[Rollout] = []
-        missing = how.prompts
+        missing, useful = how.prompts, 0
         while missing and len(drawn) < how.select.draws():
-            answers = self._answer(missing, limit, seed_of(how.seed, "sample", number, len(drawn)))
+            asked = how.select.ask(missing, self.shares)
+            answers = self._answer(asked, limit, seed_of(how.seed, "sample", number, len(drawn)))
             keep = how.select.keep(answers)
+            useful += int(keep.sum())
+            keep = keep & (keep.cumsum(0) <= missing)
             drawn.append(answers)
             if keep.any():
                 kept.append(answers.take(keep.repeat_interleave(how.samples)))
             missing -= int(keep.sum())
         every = join(drawn)
+        self.shares.append(useful * how.samples / len(every.group))
         # Where no group was kept the last draw stands in: equal rewards have advantage zero.
-        rollout = self._judged(join(kept) if kept else drawn[-1])
+        rollout = join(kept) if kept else drawn[-1]
+        if not how.once:
+            rollout = self._judged(rollout)
         rollout = replace(rollout, advantage=how.advantage.of(rollout))
         dropped = 1 - sum(len(part.group) for part in kept) / len(every.group)
         self.round, self.rollout = number, rollout
-        self.figures = {**_figures(every, rollout), "dropped": dropped, "draws": float(len(drawn))}
+        self.figures = {**_figures(every), "dropped": dropped, "draws": float(len(drawn))}
         if how.updates > 1:
             self.packed = base64.b64encode(save(rollout.tensors())).decode()
 
@@ -185,6 +209,8 @@ class Reinforce:
             sampled=sampled,
             **dict.fromkeys(("old", "reference", "entropy", "logp", "advantage"), nothing),
         ).to(self.model.device)
+        for cut in how.cuts:
+            rollout = cut.applied(rollout, lambda row, answer: self._scored(chosen[row], answer))
         for shaping in how.shaping:
             rollout = replace(rollout, reward=shaping.reward(rollout))
         return rollout
@@ -203,7 +229,7 @@ class Reinforce:
         figures: dict[str, list[Tensor]] = {"old": [], "entropy": [], "reference": []}
         pieces = torch.arange(len(rollout.group)).tensor_split(how.updates * how.accumulate)
         forward = [(rollout.tokens[rows], rollout.mask[rows]) for rows in pieces if len(rows)]
-        with materialized(self.model):
+        with materialized(self.model):  # the same bits as without
             for tokens, mask in forward:
                 logp, entropy = judge(self.model, tokens, mask, how.temperature)
                 figures["old"].append(logp)
@@ -279,6 +305,7 @@ def finetune(
         raise UserError(f"precision {computed} would round the weights, stored in {stored}")
     task = Reinforce(model, how, prompts, score, decode, end, about)
     outcome = train(model, task, how, work, watch, world)
+    task.merge()
     how.adapt.finish(model)
     precision.cast(model, stored)
     return outcome
@@ -306,17 +333,12 @@ def _unpack(tensors: Mapping[str, Tensor], limit: int) -> Rollout:
     return Rollout(limit=limit, **known)
 
 
-def _figures(every: Rollout, kept: Rollout) -> dict[str, float]:
-    """Metrics of a batch of rollouts: of all that was drawn, and of what training looks at."""
-    # The sampler computes token by token, training in one pass: equal up to rounding. Were the
-    # sampler's figures used as `old`, ratios would start that far from one; hence it is computed.
-    drift = (kept.old - kept.sampled).abs().sum() / kept.mask.sum()
+def _figures(every: Rollout) -> dict[str, float]:
+    """Metrics of all answers that were drawn."""
     return {
         "score": float(every.score.mean()),
         "reward": float(every.reward.mean()),
         "length": float(every.length.double().mean()),
         "truncated": float((~every.finished).double().mean()),
         "limit": float(every.limit),
-        "entropy": float(kept.entropy.sum() / kept.mask.sum()),
-        "ratio_drift": float(drift),
     }

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from drawplate.core.method import Frozen, OneOf
@@ -42,23 +43,36 @@ class PolicyLoss(Frozen):
             factor = factor * mask.weight(rollout)
         return self.reduce.weight((factor > 0).to(factor.dtype), rollout.limit) * factor
 
-    def objective(self, rollout: Rollout) -> Tensor:
-        """Surrogate - penalties of each token, [B, T]."""
+    def held(self, rollout: Rollout) -> Tensor:
+        """What each penalty counts for at each token, [B, T, penalties], without gradient.
+
+        Depends on the batch as a whole; with it fixed, parts of the batch add up.
+        """
+        factors = [penalty.weight * penalty.where(rollout) for penalty in self.penalties]
+        none = rollout.logp.new_zeros(*rollout.mask.shape, 0)
+        return torch.stack(factors, -1) if factors else none
+
+    def objective(self, rollout: Rollout, held: Tensor | None = None) -> Tensor:
+        """Surrogate - penalties of each token, [B, T]; `held` is the whole batch's, or is found."""
+        factors = self.held(rollout) if held is None else held
         value = self.surrogate.value(self._log(rollout), rollout.logp, rollout.advantage)
-        for penalty in self.penalties:
-            value = value - penalty.weight * penalty.value(rollout)
+        for penalty, factor in zip(self.penalties, factors.unbind(-1), strict=True):
+            value = value - factor * penalty.value(rollout)
         return value
 
     def metrics(self, rollout: Rollout) -> dict[str, Tensor]:
         """Sums over the answers' tokens.
 
-        `clip_fraction` counts clipped tokens; `kl_step` and `kl_start` are nats moved since the
-        answers were sampled and, where penalties compare with it, since training began.
+        `ratio_drift` is how far the sampler, which computes token by token, is from one pass over
+        the answer, in nats: rounding. `clip_fraction` counts clipped tokens; `kl_step` and
+        `kl_start` are nats moved since the answers were sampled and, where penalties compare with
+        it, since training began.
         """
         moved = replace(rollout, logp=rollout.logp.detach())
         clipped = self.surrogate.clipped(self._log(moved), moved.advantage) & moved.mask
         figures = {
             "clip_fraction": clipped.sum(),
+            "ratio_drift": (moved.old - moved.sampled).abs().sum(),
             "kl_step": divergence(moved.logp, moved.old).sum(),
         }
         if self.penalties:

@@ -9,10 +9,13 @@ from drawplate.rl.adapt import Adapt
 from drawplate.rl.adapt.lora import Lora
 from drawplate.rl.advantage import Advantage
 from drawplate.rl.advantage.batch import Batch
+from drawplate.rl.cut import Cut
 from drawplate.rl.length import Length
 from drawplate.rl.length.constant import Constant as ConstantLength
 from drawplate.rl.loss import PolicyLoss
 from drawplate.rl.mask import Mask
+from drawplate.rl.merge import Merge
+from drawplate.rl.merge.whole import Whole
 from drawplate.rl.penalty import Penalty
 from drawplate.rl.ratio import Ratio
 from drawplate.rl.ratio.token import Token
@@ -68,6 +71,8 @@ class Finetune(Training):
     """Most tokens of an answer, step by step."""
     select: Annotated[Select, OneOf()] = Varied()
     """Groups that are kept; the others are replaced by answers to further prompts."""
+    cuts: tuple[Annotated[Cut, OneOf()], ...] = ()
+    """Where answers end after all, first to last; what is left is scored again."""
     shaping: tuple[Annotated[Shaping, OneOf()], ...] = (Truncation(),)
     """Changes of the reward for length, first to last."""
     advantage: Annotated[Advantage, OneOf()] = Batch()
@@ -82,6 +87,8 @@ class Finetune(Training):
     """Average over tokens."""
     penalties: tuple[Annotated[Penalty, OneOf()], ...] = ()
     """Terms that hold the policy back."""
+    merge: Annotated[Merge, OneOf()] = Whole()
+    """How much of what training changed goes into the model."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -90,11 +97,22 @@ class Finetune(Training):
                 f"advantage {self.advantage.name} compares answers to one prompt, so samples has "
                 f"to be at least {self.advantage.least}"
             )
+        for cut in self.cuts:
+            if self.samples < cut.least:
+                raise ValueError(f"cut {cut.name} needs at least {cut.least} samples to find any")
         if self.updates > self.prompts * self.samples:
             raise ValueError(
                 f"updates cannot exceed prompts x samples = {self.prompts * self.samples}"
             )
         return self
+
+    @property
+    def once(self) -> bool:
+        """Whether the policy that sampled is the one that learns, and nothing asks for it earlier.
+
+        Then the training pass itself gives the log-probabilities that ratios start from.
+        """
+        return self.updates == 1 and not self.masks and not self.penalties
 
     @property
     def loss(self) -> PolicyLoss:

@@ -19,24 +19,20 @@ ROWS = 1024
 """Tokens whose logits are held at a time where entropies are computed."""
 
 
-def logprobs(model: PreTrainedModel, tokens: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Log-probability of each answer token in nats, zero elsewhere, with a gradient.
-
-    Integer tokens [B, T], bool mask [B, T] that leaves out column 0 -> [B, T].
-    """
-    hidden, head = _before(model, tokens, mask, temperature)
-    return _spread(-token_losses(hidden, head, tokens[mask]), mask)
-
-
-@torch.no_grad()
 def judge(
     model: PreTrainedModel, tokens: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each answer token, and entropy of what it was drawn from: 2 x [B, T]."""
+    """Log-probability of each answer token, with a gradient, and entropy of its distribution.
+
+    Integer tokens [B, T], bool mask [B, T] that leaves out column 0 -> 2 x [B, T], in nats, zero
+    outside the mask.
+    """
     hidden, head = _before(model, tokens, mask, temperature)
     logp = -token_losses(hidden, head, tokens[mask])
-    entropy = [torch.special.entr(head(h).softmax(-1)).sum(-1) for h in torch.split(hidden, ROWS)]
-    return _spread(logp, mask), _spread(torch.cat(entropy), mask)
+    with torch.no_grad():
+        some = torch.split(hidden, ROWS)
+        entropy = torch.cat([torch.special.entr(head(h).softmax(-1)).sum(-1) for h in some])
+    return _spread(logp, mask), _spread(entropy, mask)
 
 
 def _before(

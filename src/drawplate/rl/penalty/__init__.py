@@ -15,6 +15,10 @@ class Penalty(Method):
     weight: NonNegativeFloat = 0.04
     """Factor of the term; the default is GRPO's."""
 
+    def where(self, rollout: Rollout) -> Tensor:
+        """Factor of each token's value, [B, T], without gradient; sees the batch as a whole."""
+        return rollout.mask.to(rollout.logp.dtype)
+
     @abstractmethod
     def value(self, rollout: Rollout) -> Tensor:
         """[B, T], in nats a token."""

@@ -1,0 +1,5 @@
+"""Nothing is taken back."""
+
+
+def reference(start, trained):
+    return list(trained)

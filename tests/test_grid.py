@@ -29,6 +29,11 @@ def laid(grid, weight, bits, importance=None):
     return levels, scale, zero, codes, grid.decode(codes, levels, scale, zero)
 
 
+def taught(grid, weight, bits):
+    """The table that is learned from one layer."""
+    return grid.learn(weight.view(4, 2, -1), bits, weights(2, 16, seed=2).abs())
+
+
 def loss(grid, weight, bits, importance):
     return ((laid(grid, weight, bits, importance)[-1] - weight).square() * importance).sum(-1)
 
@@ -192,6 +197,7 @@ def test_every_field_matters(method):
     for name, others in neighbours(method):
         outcomes = [
             torch.equal(laid(method, weight, b, importance)[-1], laid(o, weight, b, importance)[-1])
+            and torch.equal(taught(method, weight, b), taught(o, weight, b))
             for o in others
             for b in BITS
         ]

@@ -133,6 +133,7 @@ def test_mixed_groups_are_never_cut():
 def test_only_the_tail_is_cut_at_the_bound_of_the_paper():
     """Fifteen answers of 10 tokens and one of 400: mean 34.375, deviation 97.5, bound 326."""
     assert Outlier().keep(answers([10] * 15 + [400])).tolist() == [10] * 15 + [326]
+    assert Outlier(deviations=0.5, margin=1).keep(answers([1, 100])).tolist() == [1, 85]
     spread = list(range(100, 900, 50))  # none is three deviations out
     assert Outlier().keep(answers(spread)).tolist() == spread
 

@@ -104,7 +104,7 @@ class Grid(Method):
         middle = (levels[..., 1:] + levels[..., :-1]) / 2
         if levels.ndim == 1:
             return torch.bucketize(at, middle).to(torch.uint8)
-        rows = at.reshape(len(levels), -1)
+        rows = at.reshape(len(levels), -1).contiguous()
         return torch.searchsorted(middle, rows).view(at.shape).to(torch.uint8)
 
     def decode(self, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -114,6 +114,21 @@ class Grid(Method):
         else:
             value = levels.gather(1, codes.reshape(len(levels), -1).long()).view(codes.shape)
         return (value if zero is None else value - zero) * scale
+
+
+def normal_quantiles(bits: int) -> Tensor:
+    """Normal quantiles at even steps of probability on either side of 0, [2**bits], -1 to 1.
+
+    Dettmers et al. 2023, arXiv 2305.14314, eq. 4 and appendix E.
+    """
+    half = 1 << (bits - 1)
+    last = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
+    below, above = (
+        torch.special.ndtri(torch.linspace(0.5, last, count + 1, dtype=torch.float64))
+        for count in (half - 1, half)
+    )
+    table: Tensor = torch.cat([below[1:].neg().flip(0), above]) / above[-1]
+    return table.float()
 
 
 def stored(scale: Tensor) -> Tensor:

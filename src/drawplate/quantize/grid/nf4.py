@@ -8,12 +8,12 @@ Deviation: any number of bits; the published table is that of 4.
 Cost: O(weights b) a range tried.
 """
 
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from drawplate.quantize.grid import Grid
+from drawplate.quantize.grid import Grid, normal_quantiles
 
 
 class Nf4(Grid):
@@ -24,18 +24,8 @@ class Nf4(Grid):
 
     def levels(self, bits: int) -> Tensor:
         """From -1 over 0 to 1."""
-        half = 1 << (bits - 1)
-        last = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
-        above = self._quantiles(last, half)
-        below = self._quantiles(last, half - 1).neg().flip(0)
-        table = torch.cat([below, torch.zeros(1, dtype=torch.float64), above])
-        return (table / above[-1]).float()
+        return normal_quantiles(bits)
 
     def step(self, low: Tensor, high: Tensor, bits: int) -> Tensor:
         """The largest magnitude, which goes to -1 or 1."""
         return torch.maximum(-low, high)
-
-    def _quantiles(self, last: float, count: int) -> Tensor:
-        """`count` normal quantiles at even steps of probability, from just above 1/2 to `last`."""
-        chance = torch.linspace(0.5, last, count + 1, dtype=torch.float64)[1:]
-        return cast("Tensor", torch.special.ndtri(chance))

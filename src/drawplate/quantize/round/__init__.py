@@ -93,6 +93,7 @@ def _groups(weight: Tensor, group: int, stats: Stats) -> tuple[Tensor, Tensor]:
     That is the mean square of their input. A short last group is filled up with zeros, which every
     grid holds exactly and which count for nothing, so they change nothing.
     """
+    group = min(group, weight.shape[1])
     missing = -weight.shape[1] % group
     importance = pad(stats.gram.diagonal().to(weight), (0, missing)).view(-1, group)
     return pad(weight, (0, missing)).view(len(weight), -1, group), importance

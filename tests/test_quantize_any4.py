@@ -148,7 +148,10 @@ def test_tables_of_rows_are_stored_counted_and_looked_up(tmp_path, kind, dtype):
         assert torch.equal(tensor, state[name]), name
     with torch.no_grad():
         ids = tiny.tokens()
-        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+        # Products in bfloat16 may differ by where in memory the same numbers lie.
+        near = 0.0 if dtype is torch.float32 else 0.02
+        one, other = model(input_ids=ids).logits, again(input_ids=ids).logits
+        torch.testing.assert_close(one, other, rtol=0, atol=near)
     for layer in ledger.layers:
         module = model.get_submodule(layer.path)
         rows, groups_ = module.scale.shape

@@ -103,7 +103,7 @@ class Grid(Method):
         at = x / scale if zero is None else x / scale + zero
         middle = (levels[..., 1:] + levels[..., :-1]) / 2
         if levels.ndim == 1:
-            return torch.bucketize(at, middle).to(torch.uint8)
+            return torch.bucketize(at.contiguous(), middle).to(torch.uint8)
         rows = at.reshape(len(levels), -1).contiguous()
         return torch.searchsorted(middle, rows).view(at.shape).to(torch.uint8)
 

@@ -4,10 +4,11 @@ A leaf that declares a law in `breaks` is expected to fail it, strictly: an exem
 fails the suite.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from drawplate.core.method import Method, leaves
 
@@ -25,3 +26,17 @@ def law(axis: type[Method], **given: Any) -> Callable[[Callable[..., None]], Any
         return pytest.mark.parametrize("method", cases)(test)
 
     return wrap
+
+
+def changed(method: Method, field: str, tries: Iterable[Any]) -> list[Method]:
+    """The leaf with those other values of `field` that are legal, of which there has to be one."""
+    found = []
+    for value in tries:
+        try:
+            other = type(method).model_validate(method.model_dump() | {field: value})
+        except ValidationError:
+            continue
+        if other != method:
+            found.append(other)
+    assert found, f"no other legal value of {field} was found"
+    return found

@@ -5,10 +5,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from drawplate.core.method import Method
 from drawplate.rl.rollout import Rollout
+from tests.laws import changed
 
 
 def rollout(
@@ -39,7 +39,6 @@ def rollout(
         "sampled": figure() - 2,
         "old": figure() - 2,
         "reference": figure() - 2,
-        "entropy": figure().abs(),
         "logp": figure() - 2,
         "advantage": figure(),
     }
@@ -68,13 +67,4 @@ def neighbours(method: Method) -> Iterator[tuple[str, list[Method]]]:
             tries = [value / 2, value * 2, value + 0.25, 0.1]
         else:
             continue
-        found = []
-        for other in tries:
-            try:
-                changed = type(method).model_validate(method.model_dump() | {name: other})
-            except ValidationError:
-                continue
-            if changed != method:
-                found.append(changed)
-        assert found, f"no other legal value of {name} was found"
-        yield name, found
+        yield name, changed(method, name, tries)

@@ -38,7 +38,7 @@ def answers(lengths):
         "score": torch.ones(count).double(),
         "reward": torch.ones(count).double(),
     }
-    names = ("sampled", "old", "reference", "entropy", "logp", "advantage")
+    names = ("sampled", "old", "reference", "logp", "advantage")
     values |= dict.fromkeys(names, figure)
     return rollout(prompts=1, samples=count, limit=max(lengths), **values)
 

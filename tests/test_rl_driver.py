@@ -79,7 +79,7 @@ def test_a_batch_is_what_was_sampled():
         text = decode(answer[:-1] if answer[-1] == END else answer)
         assert float(batch["score"][i]) == pytest.approx(even(0, text))
     assert not batch["logp"].any()
-    for name in ("sampled", "old", "reference", "entropy", "advantage", "share"):
+    for name in ("sampled", "old", "reference", "advantage", "share"):
         assert not batch[name][~batch["mask"]].any(), name
     torch.testing.assert_close(batch["sampled"], batch["old"], rtol=0, atol=2e-5)
     assert torch.equal(batch["old"], batch["reference"])

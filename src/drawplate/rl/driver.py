@@ -207,7 +207,7 @@ class Reinforce:
             score=torch.tensor(score),
             reward=torch.tensor(score),
             sampled=sampled,
-            **dict.fromkeys(("old", "reference", "entropy", "logp", "advantage"), nothing),
+            **dict.fromkeys(("old", "reference", "logp", "advantage"), nothing),
         ).to(self.model.device)
         for cut in how.cuts:
             rollout = cut.applied(rollout, lambda row, answer: self._scored(chosen[row], answer))
@@ -224,16 +224,14 @@ class Reinforce:
         return score
 
     def _judged(self, rollout: Rollout) -> Rollout:
-        """Log-probabilities now and, where a penalty asks, at the start of training; entropies."""
+        """Log-probabilities now and, where a penalty asks, at the start of training."""
         how = self.how
-        figures: dict[str, list[Tensor]] = {"old": [], "entropy": [], "reference": []}
+        figures: dict[str, list[Tensor]] = {"old": [], "reference": []}
         pieces = torch.arange(len(rollout.group)).tensor_split(how.updates * how.accumulate)
         forward = [(rollout.tokens[rows], rollout.mask[rows]) for rows in pieces if len(rows)]
         with materialized(self.model):  # the same bits as without
             for tokens, mask in forward:
-                logp, entropy = judge(self.model, tokens, mask, how.temperature)
-                figures["old"].append(logp)
-                figures["entropy"].append(entropy)
+                figures["old"].append(judge(self.model, tokens, mask, how.temperature)[0])
         if how.penalties:
             with self._started(), materialized(self.model, whole=True):
                 for tokens, mask in forward:

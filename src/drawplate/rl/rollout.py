@@ -42,15 +42,13 @@ class Rollout:
     """[B, T]: log-probability under the policy that sampled, as training computes it."""
     reference: Tensor
     """[B, T]: log-probability under the policy that training started from."""
-    entropy: Tensor
-    """[B, T]: of the distribution that the token was drawn from, in nats."""
     logp: Tensor
     """[B, T]: log-probability under the policy being trained; the one figure with a gradient."""
     advantage: Tensor
     """[B, T]."""
 
     def __post_init__(self) -> None:
-        for name in ("sampled", "old", "reference", "entropy", "logp", "advantage"):
+        for name in ("sampled", "old", "reference", "logp", "advantage"):
             value = getattr(self, name)
             object.__setattr__(self, name, value.masked_fill(~self.mask, 0.0))
 

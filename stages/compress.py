@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import Field
+from transformers import PreTrainedModel
 
 from drawplate import edits
 from drawplate.compress.driver import Compress as Family
@@ -48,13 +49,20 @@ def body(params: Compress, inputs: Inputs, run: Run) -> Report:
     earlier = edits.of(model)
     tokenizer = hf.load_tokenizer(inputs.model)
     corpus = open_corpus(inputs.corpus, tokenizer)
-    rows = params.calibration.tokens(corpus)
-    ledger = shrink(model, rows, params, run.work / "blocks", run.part("compress"))
-    write_ledger(run, ledger)
+    ledger = None
+    if run.world.first:
+        rows = params.calibration.tokens(corpus)
+        ledger = shrink(model, rows, params, run.work / "blocks", run.part("compress"))
+    if not run.world.alone:
+        model = _handed_on(model, run)
     outcome = None
     if params.recover is not None:
-        parent = hf.load(inputs.model).to(device_of(run))
-        outcome = recover(model, parent, corpus, params.recover, run.work, run.part("recover"))
+        parent, watch = hf.load(inputs.model).to(device_of(run)), run.part("recover")
+        outcome = recover(model, parent, corpus, params.recover, run.work, watch, run.world)
+    run.leave_to_first()
+    assert ledger is not None
+    write_ledger(run, ledger)
+    if outcome is not None:
         write_history(run, "recover", outcome.metrics)
     edits.still(model, earlier)
     hf.save(model.cpu(), run.folder, tokenizer)
@@ -67,7 +75,16 @@ def body(params: Compress, inputs: Inputs, run: Run) -> Report:
     )
 
 
-compress = Stage("compress", Compress, Inputs, body, "model")
+def _handed_on(model: PreTrainedModel, run: Run) -> PreTrainedModel:
+    """The first process' model, in every process."""
+    folder = run.work / "compressed"
+    if run.world.first:
+        hf.save(model, folder)
+    run.world.any(False)  # nobody reads before all is written
+    return model if run.world.first else hf.load(folder).to(device_of(run))
+
+
+compress = Stage("compress", Compress, Inputs, body, "model", together=True)
 
 if __name__ == "__main__":
     main(compress, "A model -> fewer stored bytes by factors or sparsity, then recovery.")

@@ -57,7 +57,9 @@ def body(params: Finetune, inputs: Inputs, run: Run) -> Report:
         about=content_hash(inputs.corpus),
         work=run.work,
         watch=run.part("finetune"),
+        world=run.world,
     )
+    run.leave_to_first()
     edits.still(model, earlier)
     hf.save(model.cpu(), run.folder, tokenizer)
     write_history(run, "finetune", outcome.metrics)
@@ -70,7 +72,7 @@ def body(params: Finetune, inputs: Inputs, run: Run) -> Report:
     )
 
 
-finetune = Stage("finetune", Finetune, Inputs, body, "model")
+finetune = Stage("finetune", Finetune, Inputs, body, "model", together=True)
 
 if __name__ == "__main__":
     main(finetune, "A model -> one that reasons better and shorter, by reinforcement learning.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field
@@ -32,7 +33,10 @@ class Report(Frozen):
 
 def body(params: Pretrain, inputs: Inputs, run: Run) -> Report:
     """Trains or adopts, and writes a Hugging Face folder."""
-    model, tokenizer, outcome = make(params, Corpus(inputs.corpus), run.work, run.part("pretrain"))
+    world = replace(run.world, mode="sharded" if run.execution.sharded else "data")
+    corpus, watch = Corpus(inputs.corpus), run.part("pretrain")
+    model, tokenizer, outcome = make(params, corpus, run.work, watch, world)
+    run.leave_to_first()
     hf.save(model, run.folder, tokenizer)
     if params.adopt is not None:
         from drawplate.lineage import content_hash
@@ -49,7 +53,7 @@ def body(params: Pretrain, inputs: Inputs, run: Run) -> Report:
     )
 
 
-pretrain = Stage("pretrain", Pretrain, Inputs, body, "model")
+pretrain = Stage("pretrain", Pretrain, Inputs, body, "model", together=True)
 
 if __name__ == "__main__":
     main(pretrain, "Corpus -> a decoder trained from scratch, or `adopt: FOLDER`.")

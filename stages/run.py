@@ -12,17 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import click
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from drawplate.core.errors import DrawplateError, Exhausted, UserError
 from drawplate.core.method import Frozen
 from drawplate.core.progress import Watch
+from drawplate.train.distributed import ALONE, World
 from stages.quiet import guarded, interruptible, quiet_environment
 from stages.tracking import Facts, Tracker, flat
 
@@ -36,11 +37,32 @@ class Execution(Frozen):
     """How a stage runs, not what it makes: never part of its identity."""
 
     threads: int | None = Field(default=None, ge=1)
-    """Threads of torch; all cores where it is null. The bytes of a result depend on it."""
+    """Threads of torch in a process, on which bytes depend; null: all cores, shared out."""
+    nproc: int = Field(default=1, ge=1)
+    """Processes on this machine that train together in pretrain, compress and finetune."""
+    nnodes: int = Field(default=1, ge=1)
+    """Machines that do so; each runs the same command, on storage that all of them share."""
+    rendezvous: str | None = None
+    """host:port where the machines meet, the host being one of them; needed where nnodes > 1."""
+    sharded: bool = False
+    """Whether pretrain splits the weights over its processes (FSDP2); else each holds them all."""
+    restarts: int = Field(default=3, ge=0)
+    """How often processes start again from their last checkpoint when one of them was lost."""
     device: str = "cpu"
     """Where tensors live: cpu, cuda, cuda:1, ..."""
     tracking: bool = True
     """Whether runs are logged to MLflow."""
+
+    @model_validator(mode="after")
+    def _meet(self) -> Execution:
+        if self.nnodes > 1 and self.rendezvous is None:
+            raise ValueError("nnodes > 1 needs `rendezvous`, the host:port where machines meet")
+        return self
+
+    @property
+    def processes(self) -> int:
+        """All of them, on all machines."""
+        return self.nproc * self.nnodes
 
 
 @dataclass
@@ -58,6 +80,8 @@ class Run:
     """Raw inputs that have no folder: name -> digest; the body fills it."""
     artifacts: list[str] = field(default_factory=list)
     """Files of the output that MLflow shows; the body fills it."""
+    world: World = ALONE
+    """This process among those that train together."""
     _shown: float = 0.0
 
     def part(self, label: str) -> Watch:
@@ -71,6 +95,11 @@ class Run:
             self._show(label, step, total, metrics)
 
         return watch
+
+    def leave_to_first(self) -> None:
+        """Ends the body here in all processes but the first, which writes the output."""
+        if not self.world.first:
+            raise Left
 
     def say(self, text: str) -> None:
         """One line for the user."""
@@ -101,6 +130,10 @@ def _figure(key: str, value: float) -> str:
     return _SHOWN[key].format(value)
 
 
+class Left(Exception):
+    """Raised in a process whose part of the work is done."""
+
+
 @dataclass(frozen=True)
 class Stage(Generic[P, I, R]):
     """A typed function from parameters and input folders to an output folder and a report."""
@@ -112,6 +145,8 @@ class Stage(Generic[P, I, R]):
     body: Callable[[P, I, Run], R]
     kind: str
     """Kind of artifact that the output is: corpus, model or report."""
+    together: bool = False
+    """Whether it trains, in as many processes as `execution` says."""
 
     def __call__(
         self,
@@ -133,28 +168,51 @@ class Stage(Generic[P, I, R]):
             record: where to write who ran this, when, and under which ids.
             execution: how to run.
         """
+        execution = execution or Execution()
+        if self.together and execution.processes > 1:
+            from stages.together import launch
+
+            return launch(self, params, inputs, out, metrics, record, execution)
+        report = self.make(params, inputs, out, metrics, record, execution, ALONE)
+        assert report is not None  # only helpers of a first process have none
+        return report
+
+    def make(
+        self,
+        params: P,
+        inputs: I,
+        out: Path,
+        metrics: Path | None,
+        record: Path | None,
+        execution: Execution,
+        world: World,
+    ) -> R | None:
+        """What a call does in one process; None from those that help the first one of `world`."""
         from drawplate import lineage
         from drawplate.core.artifact import publish, read_manifest
 
-        execution = execution or Execution()
-        threads = _threads(execution)
+        threads = _threads(execution, world)
         folders = _folders(inputs)
         node = lineage.Node(
             stage=self.name,
             params=params.model_dump(mode="json"),
-            environment=lineage.environment(threads),
+            environment=lineage.environment(threads, world.size),
         )
         trail = lineage.trace(node, folders)
         key = hashlib.sha256(trail.node.model_dump_json().encode()).hexdigest()[:16]
         state = out.resolve().parent / STATE
         work = state / f"{self.name}-{key}"
+        if not world.first:
+            with suppress(Left):
+                self.body(params, inputs, Run(work, work, execution, self.name, world=world))
+            return None
         with _only_one(state / f"{out.name}.lock", out):
             work.mkdir(parents=True, exist_ok=True)
             tracker = _tracker(self.name, trail, out, work) if execution.tracking else None
             started = time.time()
             try:
                 with publish(out, self.kind) as folder:
-                    run = Run(folder, work, execution, self.name, tracker)
+                    run = Run(folder, work, execution, self.name, tracker, world=world)
                     report = self.body(params, inputs, run)
                     if run.sources:
                         sourced = trail.node.model_copy(update={"sources": run.sources})
@@ -182,7 +240,7 @@ class Stage(Generic[P, I, R]):
                 )
                 run_id = tracker.run_id
                 if tracker.problem is not None:
-                    run.say(f"MLflow did not take everything: {_first_line(tracker.problem)}")
+                    run.say(f"MLflow did not take everything, the rest is kept: {tracker.problem}")
             if metrics is not None:
                 _write_json(metrics, figures)
             if record is not None:
@@ -246,11 +304,13 @@ def _git(*arguments: str) -> str:
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
-def _threads(execution: Execution) -> int:
+def _threads(execution: Execution, world: World) -> int:
     import torch
 
     if execution.threads is not None:
         torch.set_num_threads(execution.threads)
+    elif not world.alone:
+        torch.set_num_threads(max(1, torch.get_num_threads() // execution.nproc))
     return torch.get_num_threads()
 
 
@@ -328,8 +388,9 @@ def _clear(work: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """Under DVC: a stage whose `dvc` is gone must not go on writing."""
-    if os.environ.get("DVC_STAGE") and sys.platform == "linux":
+    """A stage whose `dvc` is gone, or a process whose torchrun is, must not go on writing."""
+    started = os.environ.get("DVC_STAGE") or os.environ.get("TORCHELASTIC_RUN_ID")
+    if started and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 

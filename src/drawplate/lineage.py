@@ -58,13 +58,14 @@ class Step(Frozen):
     state: Literal["verified", "elsewhere"]
 
 
-def environment(threads: int) -> dict[str, str]:
-    """Versions of what computes, the machine's kind and the thread count."""
+def environment(threads: int, processes: int = 1) -> dict[str, str]:
+    """Versions of what computes, the machine's kind, processes and the threads of each."""
     names = ("drawplate", "torch", "transformers", "tokenizers", "reasoning_gym")
     return {name: version(name) for name in names} | {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": str(threads),
+        "processes": str(processes),
     }
 
 

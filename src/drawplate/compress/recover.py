@@ -29,6 +29,7 @@ from drawplate.core.method import Frozen
 from drawplate.core.progress import Watch, silent
 from drawplate.lineage import content_hash
 from drawplate.train.attention import attention_for
+from drawplate.train.distributed import ALONE, World
 from drawplate.train.language import named
 from drawplate.train.loop import Outcome, Training, fingerprint, train
 from drawplate.train.loss import check_head, states
@@ -141,8 +142,11 @@ def recover(
     params: Recover,
     work: Path,
     watch: Watch = silent,
+    world: World = ALONE,
 ) -> Outcome:
     """Trains `model` in place towards `parent`, its uncompressed self; dtypes stay as they were.
+
+    All processes of `world` hold whole models and share out the rows.
 
     Raises:
         UserError: the corpus has no problems, or too little text for the rows.
@@ -172,9 +176,8 @@ def recover(
         attention_for(model, params.length),
         attention_for(parent, params.length),
     ):
-        outcome = train(
-            model, Recovery(rows, parent, params, identity), params.training, work, watch
-        )
+        task = Recovery(rows, parent, params, identity)
+        outcome = train(model, task, params.training, work, watch, world)
     edits.check(model)
     return outcome
 

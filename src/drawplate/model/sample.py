@@ -56,6 +56,7 @@ def sample(
     temperature: float = 1.0,
     filters: Sequence[TokenFilter] = (),
     seed: int | tuple[int | str, ...] = 0,
+    first: int = 0,
     batch_size: int = 128,
     precision: torch.dtype | None = None,
     watch: Watch = silent,
@@ -72,6 +73,7 @@ def sample(
         temperature: 0 takes the likeliest token instead of drawing.
         filters: Applied in turn, after the temperature.
         seed: With the row's index and the token's position, all that chance depends on.
+        first: Index of the first row, where the prompts are a part of a longer list.
         batch_size: Most rows in flight: memory against speed, without influence on the result.
         precision: In which dtype plain linear layers multiply, from copies of their weights that
             last as long as the call; None is the model's own. Half precision is faster, and moves
@@ -103,7 +105,8 @@ def sample(
                 flight.enter(range(entered, entered + enter))
                 entered += enter
             rows = flight.rows
-            chance = torch.from_numpy(uniforms(key, rows, [len(samples.tokens[r]) for r in rows]))
+            positions = [len(samples.tokens[row]) for row in rows]
+            chance = torch.from_numpy(uniforms(key, [first + row for row in rows], positions))
             token, own, behaviour = draw(flight.step(), chance, temperature, filters)
             columns = token.tolist(), own.tolist(), behaviour.tolist()
             for row, drawn_token, logprob, chosen in zip(rows, *columns, strict=True):

@@ -14,7 +14,9 @@ from drawplate.core.errors import UserError
 from drawplate.core.progress import Watch, silent
 from drawplate.model import build
 from drawplate.pretrain import Pretrain
+from drawplate.train import precision
 from drawplate.train.attention import attention_for
+from drawplate.train.distributed import ALONE, World, whole_state
 from drawplate.train.language import NextToken
 from drawplate.train.loop import Outcome, train
 from drawplate.train.loss import check_head
@@ -28,8 +30,10 @@ class Pretrained(NamedTuple):
     outcome: Outcome | None
 
 
-def pretrain(params: Pretrain, corpus: Corpus, work: Path, watch: Watch = silent) -> Pretrained:
-    """A decoder for `corpus`: trained, or adopted and checked.
+def pretrain(
+    params: Pretrain, corpus: Corpus, work: Path, watch: Watch = silent, world: World = ALONE
+) -> Pretrained:
+    """A decoder for `corpus`: trained, or adopted and checked; equal in all processes of `world`.
 
     Raises:
         UserError: the corpus does not fit the rows or the adopted model.
@@ -42,9 +46,7 @@ def pretrain(params: Pretrain, corpus: Corpus, work: Path, watch: Watch = silent
             f"pretrain.length {params.length} is longer than pretrain.model.context "
             f"{params.model.context}; raise the context or shorten the rows"
         )
-    model = build(params.model, corpus.vocabulary, params.seed)
-    for settings in (model.config, model.generation_config):
-        settings.eos_token_id, settings.pad_token_id = corpus.end, corpus.pad
+    model = _fresh(params, corpus)
     check_head(model)
     rows = Rows(
         corpus,
@@ -59,8 +61,19 @@ def pretrain(params: Pretrain, corpus: Corpus, work: Path, watch: Watch = silent
     task = NextToken(rows, {"corpus": hf_id(corpus), **identity})
     model.train()
     with attention_for(model, params.length):
-        outcome = train(model, task, params.training, work, watch)
+        outcome = train(model, task, params.training, work, watch, world)
+    if world.sharded:
+        parts, model = model, _fresh(params, corpus)
+        model.load_state_dict(whole_state(parts))
+        precision.cast(model, precision.choose(params.training.precision, model.device))
     return Pretrained(model.eval(), corpus.tokenizer, outcome)
+
+
+def _fresh(params: Pretrain, corpus: Corpus) -> PreTrainedModel:
+    model = build(params.model, corpus.vocabulary, params.seed)
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id, settings.pad_token_id = corpus.end, corpus.pad
+    return model
 
 
 def hf_id(corpus: Corpus) -> str:

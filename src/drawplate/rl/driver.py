@@ -50,7 +50,9 @@ class Reinforce:
         decode: Callable[[list[int]], str],
         end: int,
         about: str,
+        world: World = ALONE,
     ):
+        self.world = world
         self.model, self.how, self.score, self.decode, self.end = model, how, score, decode, end
         self.prompts = [list(prompt) for prompt in prompts]
         if not self.prompts or not all(self.prompts):
@@ -185,24 +187,28 @@ class Reinforce:
         self.cursor += count
         chosen = [index for index in map(self._prompt, places) for _ in range(how.samples)]
         asked = [self.prompts[index] for index in chosen]
+        mine = self.world.share(len(asked))
         with materialized(self.model, whole=True):
             drawn = sample(
                 self.model,
-                asked,
+                [asked[row] for row in mine],
                 max_new=limit,
                 end=self.end,
                 temperature=how.temperature,
                 seed=seed,
+                first=mine.start,
                 batch_size=how.parallel,
             )
-        score = [self._scored(*pair) for pair in zip(chosen, drawn.tokens, strict=True)]
-        tokens, mask, sampled = _rows(asked, drawn.tokens, drawn.behaviour)
+        scores = [self._scored(chosen[r], a) for r, a in zip(mine, drawn.tokens, strict=True)]
+        found = zip(drawn.tokens, drawn.behaviour, drawn.finished, scores, strict=True)
+        answers, behaviour, finished, score = zip(*self.world.gather(list(found)), strict=True)
+        tokens, mask, sampled = _rows(asked, answers, behaviour)
         nothing = torch.zeros_like(sampled)
         rollout = Rollout(
             tokens=tokens,
             mask=mask,
             group=torch.tensor(places).repeat_interleave(how.samples),
-            finished=torch.tensor(drawn.finished),
+            finished=torch.tensor(finished),
             limit=limit,
             score=torch.tensor(score),
             reward=torch.tensor(score),
@@ -227,17 +233,20 @@ class Reinforce:
         """Log-probabilities now and, where a penalty asks, at the start of training."""
         how = self.how
         figures: dict[str, list[Tensor]] = {"old": [], "reference": []}
-        pieces = torch.arange(len(rollout.group)).tensor_split(how.updates * how.accumulate)
+        mine = torch.tensor(self.world.share(len(rollout.group)))
+        pieces = mine.tensor_split(how.updates * how.accumulate)
         forward = [(rollout.tokens[rows], rollout.mask[rows]) for rows in pieces if len(rows)]
         with materialized(self.model):  # the same bits as without
             for tokens, mask in forward:
-                figures["old"].append(judge(self.model, tokens, mask, how.temperature)[0])
+                figures["old"].append(judge(self.model, tokens, mask, how.temperature)[0].cpu())
         if how.penalties:
             with self._started(), materialized(self.model, whole=True):
                 for tokens, mask in forward:
-                    figures["reference"].append(judge(self.model, tokens, mask, how.temperature)[0])
-        whole: dict[str, Any] = {name: torch.cat(parts) for name, parts in figures.items() if parts}
-        return replace(rollout, **whole)
+                    logp = judge(self.model, tokens, mask, how.temperature)[0]
+                    figures["reference"].append(logp.cpu())
+        whole = {name: self.world.gather(parts) for name, parts in figures.items()}
+        known: dict[str, Any] = {name: torch.cat(parts) for name, parts in whole.items() if parts}
+        return replace(rollout, **known).to(self.model.device)
 
     def _prompt(self, place: int) -> int:
         """Which prompt stands at `place` of an endless series of shuffles."""
@@ -301,7 +310,7 @@ def finetune(
     computed = precision.choose(how.precision, model.device)
     if torch.promote_types(stored, computed) != computed:
         raise UserError(f"precision {computed} would round the weights, stored in {stored}")
-    task = Reinforce(model, how, prompts, score, decode, end, about)
+    task = Reinforce(model, how, prompts, score, decode, end, about, world)
     outcome = train(model, task, how, work, watch, world)
     task.merge()
     how.adapt.finish(model)
@@ -310,7 +319,7 @@ def finetune(
 
 
 def _rows(
-    prompts: list[list[int]], answers: list[list[int]], logps: list[list[float]]
+    prompts: Sequence[list[int]], answers: Sequence[list[int]], logps: Sequence[list[float]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prompts and answers side by side, padded on the right -> tokens, mask, log-probabilities."""
     width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))

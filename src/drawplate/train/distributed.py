@@ -8,7 +8,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from datetime import timedelta
+from itertools import chain
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,9 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from drawplate.core.errors import UserError
 
+T = TypeVar("T")
 Mode = Literal["data", "sharded"]
 BUCKET = 1 << 24
 """Gradient entries added up in one message."""
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one that is busy; one that is gone is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class World:
     def alone(self) -> bool:
         """True in a run of one process."""
         return self.size == 1
+
+    @property
+    def first(self) -> bool:
+        """True in the process that writes what all of them made."""
+        return self.rank == 0
 
     @property
     def sharded(self) -> bool:
@@ -58,6 +68,18 @@ class World:
     def any(self, here: bool) -> bool:
         """True if it is true in one process."""
         return self.sum([float(here)])[0] > 0
+
+    def share(self, count: int) -> range:
+        """Which of `count` items are this process': a run of them, all runs about equally long."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def gather(self, mine: Sequence[T]) -> list[T]:
+        """The items of all processes in the order of their ranks; equal on all of them."""
+        if self.alone:
+            return list(mine)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, list(mine))
+        return list(chain.from_iterable(found))
 
     def split(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Split the parameters of `module` over the processes, in place.
@@ -120,7 +142,8 @@ def join(mode: Mode = "data") -> Iterator[World]:
         raise UserError("WORLD_SIZE is set but RANK or MASTER_ADDR is not; start with torchrun")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), size, mode)
     finally:

@@ -220,6 +220,8 @@ class _Run:
             "model": fingerprint(model),
         }
         text = json.dumps(self.identity, sort_keys=True, allow_nan=False)
+        if len(set(world.gather([text]))) > 1:
+            raise UserError("the processes of this run do not start from the same model and data")
         self.folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.machine = {
             "accumulate": settings.accumulate,
@@ -257,7 +259,7 @@ class _Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run's folder, so that no second run writes into it."""
-        if self.world.rank:
+        if not self.world.first:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -427,7 +429,7 @@ class _Run:
 
     def _load(self, every: int = 1) -> bool:
         """Take the state of the newest good checkpoint at a multiple of `every`, if any."""
-        found = checkpoint.latest(self.folder, every) if self.world.rank == 0 else None
+        found = checkpoint.latest(self.folder, every) if self.world.first else None
         # One more than the step, so that zero means none and a sum carries it to every process.
         after = int(self.world.sum([found.step + 1 if found else 0])[0])
         if not after:
@@ -438,7 +440,7 @@ class _Run:
 
     def _cut_back(self) -> None:
         """Forget what was written about later steps."""
-        if self.world.rank == 0:
+        if self.world.first:
             self.close()
             checkpoint.forget_after(self.folder, self.saved)
             self.series = Series(self.folder / "metrics.jsonl", self.step)
@@ -556,7 +558,7 @@ def _cut(batch: Batch, parts: int, world: World) -> Iterator[Batch]:
     rows = _rows(batch)
     if rows < world.size:
         raise UserError(f"a batch of {rows} rows cannot be shared by {world.size} processes")
-    mine = torch.arange(rows).tensor_split(world.size)[world.rank]
+    mine = torch.tensor(world.share(rows))
     for piece in mine.tensor_split(min(parts, len(mine))):
         first, last = int(piece[0]), int(piece[-1]) + 1
         yield {name: t[first:last] if t.ndim else t for name, t in batch.items()}

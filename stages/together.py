@@ -1,0 +1,202 @@
+"""Several processes that make one output, started by torchrun's agent, here or on many machines.
+
+The stage's own process is the agent. It passes signals on, and where a process is lost it starts
+all of them again, from their last checkpoint. The first process does what a lone one would do; the
+others only train.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from drawplate.core.errors import DrawplateError, Exhausted
+from drawplate.core.method import Frozen
+from stages.run import STATE, Execution, Stage, prepare_process
+
+P = TypeVar("P", bound=Frozen)
+I = TypeVar("I", bound=Frozen)  # noqa: E741
+R = TypeVar("R", bound=Frozen)
+LOST = 75
+"""Exit code of a process whose peers are gone (EX_TEMPFAIL: worth another try)."""
+
+
+class Order(Frozen):
+    """A call of a stage, for processes that have yet to be started."""
+
+    module: str
+    stage: str
+    params: dict[str, Any]
+    inputs: dict[str, Any]
+    out: Path
+    metrics: Path | None
+    record: Path | None
+    execution: Execution
+
+    def write(self, folder: Path) -> None:
+        """Leaves the order in `folder`."""
+        (folder / "order.json").write_text(self.model_dump_json(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Order:
+        """The order in `folder`."""
+        return cls.model_validate_json((folder / "order.json").read_bytes())
+
+
+class Failure(Frozen):
+    """What a process that could not go on leaves behind."""
+
+    code: int
+    message: str
+
+
+def launch(
+    stage: Stage[P, I, R],
+    params: P,
+    inputs: I,
+    out: Path,
+    metrics: Path | None,
+    record: Path | None,
+    execution: Execution,
+) -> R:
+    """Makes `out` in `execution.nproc` processes on this machine, and as many on the others.
+
+    Raises:
+        DrawplateError: what the first of the processes that failed had to say.
+        Exhausted: processes were lost more often than `execution.restarts`.
+        KeyboardInterrupt: a signal came; all processes have saved and left.
+    """
+    module = stage.body.__module__
+    order = Order(
+        module=f"stages.{stage.name}" if module == "__main__" else module,
+        stage=stage.name,
+        params=params.model_dump(mode="json"),
+        inputs=inputs.model_dump(mode="json"),
+        out=out,
+        metrics=metrics,
+        record=record,
+        execution=execution,
+    )
+    result: type[R] = get_type_hints(stage.body)["return"]
+    state = out.resolve().parent / STATE
+    state.mkdir(parents=True, exist_ok=True)
+    report = state / f"{out.name}.report.json"
+    lost = ""
+    for attempt in range(execution.restarts + 1):
+        if lost:
+            print(f"[{stage.name}] {lost}; starting again", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix="drawplate-") as folder:
+            order.write(Path(folder))
+            lost = _attempt(Path(folder), report, execution, f"{out.resolve()}-{attempt}")
+        if not lost:
+            return result.model_validate_json(report.read_bytes())
+    raise Exhausted(
+        f"{out}: {lost}, after {execution.restarts} new starts; look for what ends processes, "
+        "such as the memory they need, or raise execution.restarts"
+    )
+
+
+def _attempt(folder: Path, report: Path, execution: Execution, run: str) -> str:
+    """Starts the processes and waits for them: empty where all is done, else what was lost."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=execution.nnodes,
+        max_nodes=execution.nnodes,
+        nproc_per_node=execution.nproc,
+        run_id=run,
+        rdzv_backend="c10d",
+        rdzv_endpoint=execution.rendezvous or "127.0.0.1:0",
+        max_restarts=0,
+        local_addr=None if execution.rendezvous else "127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+        signals_to_handle="SIGTERM,SIGINT",
+    )
+    start = elastic_launch(config, sys.executable)
+    try:
+        with _handlers_kept():
+            start("-m", "stages.together", str(folder), str(report))
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
+        _raise_what_they_said(folder)
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        # The agent ends the others with SIGTERM, so that says nothing about them.
+        gone = {rank: code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
+        for rank, code in gone.items():
+            return f"process {rank} was ended by {signal.Signals(-code).name}"
+        if LOST in codes.values():
+            return "a process on another machine was lost"
+        raise
+    return ""
+
+
+def _raise_what_they_said(folder: Path) -> None:
+    """The error of the first process that left one."""
+    for file in sorted(folder.glob("failure-*.json")):
+        failure = Failure.model_validate_json(file.read_bytes())
+        error = DrawplateError(failure.message)
+        error.code = failure.code
+        raise error
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """The agent sets signal handlers and leaves them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _help(folder: Path, report: Path) -> int:
+    """One of the processes: takes part in what the order says; returns its exit code."""
+    import torch.distributed as dist
+
+    from drawplate.train.distributed import join
+
+    order = Order.read(folder)
+    stage: Stage[Any, Any, Any] = getattr(import_module(order.module), order.stage)
+    params, inputs = stage.params(**order.params), stage.inputs(**order.inputs)
+    try:
+        with join() as world:
+            made = stage.make(
+                params, inputs, order.out, order.metrics, order.record, order.execution, world
+            )
+            if made is not None:
+                report.write_text(made.model_dump_json(), encoding="utf-8")
+            world.any(False)  # nobody leaves before the output is there
+    except DrawplateError as error:
+        failure = Failure(code=error.code, message=str(error))
+        file = folder / f"failure-{os.environ['RANK']:0>6}.json"
+        file.write_text(failure.model_dump_json(), encoding="utf-8")
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        return LOST
+    return 0
+
+
+if __name__ == "__main__":
+    prepare_process()
+    sys.exit(_help(Path(sys.argv[1]), Path(sys.argv[2])))

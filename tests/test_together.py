@@ -1,0 +1,177 @@
+"""A stage in several processes: the same result, one error line, stops and losses survived."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from drawplate import lineage
+from drawplate.core.artifact import publish, verify
+from drawplate.core.errors import DrawplateError, Exhausted
+from drawplate.train import series
+from stages.run import Execution
+from stages.together import launch
+from tests import faults
+from tests.together_stage import Inputs, Knobs, Report, stage
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("here"))
+        for name, value in faults.environment().items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "source"
+    with publish(folder, "corpus") as inside:
+        (inside / "data").write_text("text")
+        lineage.write(lineage.trace(lineage.Node(stage="prepare"), {}), inside)
+    return folder
+
+
+def make(source, out, nproc, **knobs):
+    execution = Execution(nproc=nproc, tracking=False, threads=1)
+    return stage(Knobs(**knobs), Inputs(source=source), out, execution=execution)
+
+
+@pytest.fixture(scope="module")
+def two(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "out"
+    return make(source, out, 2), out
+
+
+def rows(out):
+    return series.read(out / "history-toy.jsonl")
+
+
+def test_the_output_is_one_whole_artifact_made_by_the_first(two):
+    report, out = two
+    verify(out)
+    assert report == Report(loss=rows(out)[-1]["loss"], processes=2)
+    assert lineage.read(out).node.environment["processes"] == "2"
+    assert not [path for path in out.parent.glob(".drawplate/stage-*") if path.is_dir()]
+
+
+@pytest.mark.parametrize("nproc", [1, 4])
+def test_other_numbers_of_processes_follow_the_same_series(source, two, tmp_path, nproc):
+    assert make(source, tmp_path / "out", nproc).processes == nproc
+    assert len(rows(two[1])) == 12
+    for one, other in zip(rows(two[1]), rows(tmp_path / "out"), strict=True):
+        for name in ("step", "loss", "grad_norm", "tokens"):
+            assert one[name] == pytest.approx(other[name], rel=2e-4), name
+
+
+def start(source, out, pause, nproc=2):
+    """A run in a process of its own, and those that it started, once it has trained some steps."""
+    command = [sys.executable, "-m", "tests.together_stage", source, out, str(nproc), str(pause)]
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (found := list(out.parent.glob(".drawplate/stage-*/*/metrics.jsonl"))) or (
+        len(found[0].read_bytes().splitlines()) < 3
+    ):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process, children(process.pid)
+
+
+def children(pid):
+    """Rank -> process id of the workers that `pid` started."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = {}
+    for child in listed:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        for entry in environment:
+            if entry.startswith(b"RANK="):
+                found[int(entry[5:])] = int(child)
+    return found
+
+
+def gone(pids):
+    """Waits until none of the processes is left."""
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def equal(one, other):
+    models = [torch.load(out / "model.pt", weights_only=True) for out in (one, other)]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    assert rows(one) == rows(other)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lost_process_is_replaced_and_the_end_is_the_same(source, two, tmp_path, rank):
+    process, workers = start(source, tmp_path / "out", 0.3)
+    assert sorted(workers) == [0, 1]
+    os.kill(workers[rank], signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert f"process {rank} was ended by SIGKILL; starting again" in said
+    assert "Traceback" not in said
+    gone(workers.values())
+    # The knob `pause` enters the lineage, not the training.
+    equal(tmp_path / "out", two[1])
+
+
+def test_a_signal_saves_and_the_same_call_goes_on_bit_by_bit(source, two, tmp_path):
+    process, workers = start(source, tmp_path / "out", 0.3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert said.rstrip().splitlines()[-1].startswith("drawplate: interrupted; the same command")
+    assert "Traceback" not in said
+    gone(workers.values())
+    assert not (tmp_path / "out").exists()
+    (saved,) = tmp_path.glob(".drawplate/stage-*/*/metrics.jsonl")
+    done = len(saved.read_bytes().splitlines())
+    assert 3 <= done < 12
+    make(source, tmp_path / "out", 2, pause=0.3)
+    equal(tmp_path / "out", two[1])
+
+
+def test_processes_do_not_outlive_the_one_that_started_them(source, tmp_path):
+    process, workers = start(source, tmp_path / "out", 0.5)
+    process.kill()
+    process.communicate()
+    gone(workers.values())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_is_told_once_and_nothing_starts_again(source, tmp_path, rank, capfd):
+    with pytest.raises(DrawplateError, match=r"^this process was asked to fail$") as caught:
+        make(source, tmp_path / "out", 2, fails=rank)
+    assert caught.value.code == 2
+    assert "starting again" not in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_have_a_limit(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.together._attempt", lambda *_: "process 1 was ended by SIGKILL")
+    execution = Execution(nproc=2, restarts=2, tracking=False)
+    with pytest.raises(Exhausted, match=r"SIGKILL, after 2 new starts.*execution\.restarts"):
+        launch(stage, Knobs(), Inputs(source=source), tmp_path / "out", None, None, execution)
+
+
+def test_machines_need_a_place_to_meet():
+    with pytest.raises(ValidationError, match="rendezvous"):
+        Execution(nnodes=2)
+    assert Execution(nnodes=2, nproc=4, rendezvous="host:29500").processes == 8

@@ -33,6 +33,7 @@ from drawplate.train.distributed import ALONE, World
 from drawplate.train.language import named
 from drawplate.train.loop import Outcome, Training, fingerprint, train
 from drawplate.train.loss import check_head, states
+from drawplate.train.precision import choose
 
 
 def _training() -> Training:
@@ -173,7 +174,7 @@ def recover(
     parent.eval()
     with (
         _training_only(model, chosen(model, params.trains)),
-        attention_for(model, params.length),
+        attention_for(model, params.length, choose(params.training.precision, model.device)),
         attention_for(parent, params.length),
     ):
         task = Recovery(rows, parent, params, identity)

@@ -12,6 +12,8 @@ thousand positions at a time: the logits of a batch, [B, T, V], never exist toge
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, TypeAlias, cast
 
@@ -23,7 +25,10 @@ from torch import Tensor, nn
 
 from drawplate.core.errors import NotFinite, UserError
 from drawplate.core.method import Frozen
+from drawplate.core.products import swift
+from drawplate.train.attention import attention_for
 from drawplate.train.precision import Precision, choose
+from drawplate.train.precision import cast as convert
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -156,13 +161,17 @@ def _read(
             "compared token by token; they must share a vocabulary"
         )
     windows = fit(windows, *(reader.model for reader in readers))
-    for batch in _batches(documents, end, windows, readers[0].device):
-        states = [reader.states(batch) for reader in readers]
-        for piece in _pieces(len(batch.owners), *widths):
-            q, *rest = (r.log_probs(s[piece]) for r, s in zip(readers, states, strict=True))
-            _add(nats, batch.owners[piece], -q.gather(1, batch.targets[piece, None]).squeeze(1))
-            for p in rest:
-                _add(apart, batch.owners[piece], (p.exp() * (p - q)).sum(1))
+    with ExitStack() as stack:
+        for reader in readers:
+            stack.enter_context(swift(reader.model))
+        for batch in _batches(documents, end, windows, readers[0].device):
+            states = [reader.states(batch) for reader in readers]
+            for piece in _pieces(len(batch.owners), *widths):
+                q, *rest = (r.log_probs(s[piece]) for r, s in zip(readers, states, strict=True))
+                found = q.gather(1, batch.targets[piece, None]).squeeze(1)
+                _add(nats, batch.owners[piece], -found)
+                for p in rest:
+                    _add(apart, batch.owners[piece], (p.exp() * (p - q)).sum(1))
     _finite(nats, "loss")
     _finite(apart, "divergence")
     lengths = np.asarray(sizes, dtype=np.int64)
@@ -253,22 +262,24 @@ class _Reader:
     """A model as two steps: one pass through its blocks, then the logits of a few positions."""
 
     def __init__(self, model: nn.Module, precision: Precision):
+        dtype = choose(precision, next(model.parameters()).device)
+        if dtype is torch.bfloat16 and any(p.dtype is not dtype for p in model.parameters()):
+            model = deepcopy(model)
+            convert(model, dtype)
         self.model = cast("Any", model)
         self.head = self.model.get_output_embeddings()
         self.device: torch.device = self.model.device
-        self.dtype = choose(precision, self.device)
         probe = torch.arange(2, device=self.device)[None]
-        with self._arithmetic():
-            real = self.model(input_ids=probe, use_cache=False).logits
-            # Some decoders scale or cap what the head says (Gemma 2): their logits come as a whole.
-            self.plain = self.model.base_model is not model and torch.equal(
-                self.head(self._hidden(probe)), real
-            )
+        real = self.model(input_ids=probe, use_cache=False).logits
+        # Some decoders scale or cap what the head says (Gemma 2): their logits come as a whole.
+        self.plain = self.model.base_model is not model and torch.equal(
+            self.head(self._hidden(probe)), real
+        )
         self.width = int(real.shape[-1])
 
     def states(self, batch: _Batch) -> Tensor:
         """[N, H] of the counted positions; logits [N, V] where the head is not plain."""
-        with self._arithmetic():
+        with attention_for(self.model, batch.inputs.shape[1]):
             if self.plain:
                 return self._hidden(batch.inputs)[batch.counted]
             whole: Tensor = self.model(input_ids=batch.inputs, use_cache=False).logits
@@ -276,17 +287,12 @@ class _Reader:
 
     def log_probs(self, states: Tensor) -> Tensor:
         """Some of `states` [n, H] -> ln p [n, V] in float32, or float64 from such a model."""
-        with self._arithmetic():
-            logits: Tensor = self.head(states) if self.plain else states
+        logits: Tensor = self.head(states) if self.plain else states
         wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
         return logits.log_softmax(1, dtype=wide)
 
     def _hidden(self, inputs: Tensor) -> Tensor:
         return cast("Tensor", self.model.base_model(input_ids=inputs, use_cache=False)[0])
-
-    def _arithmetic(self) -> torch.autocast:
-        low = self.dtype is torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
 
 def _add(nats: Floats, owners: Ints, values: Tensor) -> None:

@@ -60,12 +60,13 @@ def pretrain(
     identity = params.model_dump(mode="json", exclude={"training", "adopt"})
     task = NextToken(rows, {"corpus": hf_id(corpus), **identity})
     model.train()
-    with attention_for(model, params.length):
+    dtype = precision.choose(params.training.precision, model.device)
+    with attention_for(model, params.length, dtype):
         outcome = train(model, task, params.training, work, watch, world)
     if world.sharded:
         parts, model = model, _fresh(params, corpus)
         model.load_state_dict(whole_state(parts))
-        precision.cast(model, precision.choose(params.training.precision, model.device))
+        precision.cast(model, dtype)
     return Pretrained(model.eval(), corpus.tokenizer, outcome)
 
 

@@ -1,9 +1,9 @@
-"""Attention for training on short rows: three matrix products, which a CPU does fastest.
+"""Attention for short rows in bf16: three matrix products, which a CPU does fastest.
 
     softmax(scale Q K^T + bias) V
 
 PyTorch's fused kernel keeps [T, T] scores out of memory, which pays on long rows; on rows of a
-few hundred tokens its bookkeeping costs more than the scores.
+few hundred tokens its bookkeeping costs more than the scores. In float32 the two are even.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 NAME = "drawplate_short_rows"
-LONGEST = 256
+LONGEST = 512
 """Tokens in a row up to which the plain products are faster."""
 
 
@@ -55,15 +55,19 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 
 @contextmanager
-def attention_for(model: nn.Module, length: int) -> Iterator[None]:
-    """Inside, a model on a CPU that uses the fused kernel attends to short rows this way.
+def attention_for(
+    model: nn.Module, length: int, dtype: torch.dtype | None = None
+) -> Iterator[None]:
+    """Inside, a bf16 model on a CPU that uses the fused kernel attends to short rows this way.
 
-    Rows of other lengths, other devices and models with an attention of their own stay as they are.
+    Other lengths, dtypes and devices and models with an attention of their own stay as they are.
+    `dtype` is what the model will compute in, where that is not yet its own.
     """
     config = cast("Any", model).config
     before = getattr(config, "_attn_implementation", None)
-    device = next(model.parameters()).device.type
-    if before != "sdpa" or length > LONGEST or device != "cpu":
+    weight = next(model.parameters())
+    suited = (dtype or weight.dtype) is torch.bfloat16 and weight.device.type == "cpu"
+    if before != "sdpa" or length > LONGEST or not suited:
         yield
         return
     named = cast("PreTrainedModel", model)

@@ -16,7 +16,7 @@ class Inputs(Frozen):
 
 def body(params: Prepare, inputs: Inputs, run: Run) -> PrepareReport:
     """Writes the corpus; raises where held-out problems occur in training text."""
-    report = make(params, run.folder, run.part("prepare"))
+    report = make(params, run.folder, run.part("prepare"), run.work, run.execution.engine)
     facts = json.loads((run.folder / "corpus.json").read_bytes())
     run.sources |= {
         f"{number} {source['name']}": json.dumps(source["origin"], sort_keys=True)

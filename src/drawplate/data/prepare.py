@@ -10,14 +10,23 @@ tokenizer, write the streams. Everything written is a function of the parameters
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from drawplate.core.corpus import STREAMS, Split, write_facts, write_lines, write_stream
+from drawplate.core.corpus import (
+    STREAMS,
+    Split,
+    read_lines,
+    write_facts,
+    write_lines,
+    write_stream,
+)
 from drawplate.core.errors import UserError
 from drawplate.core.method import Frozen, OneOf
 from drawplate.core.progress import Watch, silent
@@ -25,6 +34,7 @@ from drawplate.core.seeds import seed_of
 from drawplate.data.baselines import bigram_bits, gzip_bits
 from drawplate.data.contamination import Contaminated, in_problems, in_texts
 from drawplate.data.duplicates import Duplicates, Repeat
+from drawplate.data.engine import Engine, Here
 from drawplate.data.source import Bad, Document, Source, vet
 from drawplate.data.task import Problem, Style, Task, allot
 from drawplate.data.tokenizer import SMALLEST, adopt, encode, train
@@ -105,14 +115,24 @@ class PrepareReport(Frozen):
     """Bounds on the held-out text that a model has to beat."""
 
 
-def prepare(params: Prepare, folder: Path, watch: Watch = silent) -> PrepareReport:
+def prepare(
+    params: Prepare,
+    folder: Path,
+    watch: Watch = silent,
+    work: Path | None = None,
+    engine: Engine | None = None,
+) -> PrepareReport:
     """Write a corpus into the existing, empty `folder`; `drawplate.core.corpus` reads it.
+
+    Sources are read in parts, by `engine`, which keeps finished ones in `work`; without the one
+    they are read here, without the other nothing is kept.
 
     Raises:
         UserError: a source, task or tokenizer is not as the parameters say, or leaves no text.
         Contaminated: training data holds a held-out problem.
     """
-    read, documents, bad = _read(params)
+    with tempfile.TemporaryDirectory() as nowhere:
+        read, documents, bad = _read(params, engine or Here(), work or Path(nowhere))
     write_lines(folder / "quarantine.jsonl", (record._asdict() for record in bad))
     watch(1, STEPS, {"read": read, "quarantined": len(bad)})
 
@@ -190,17 +210,33 @@ def prepare(params: Prepare, folder: Path, watch: Watch = silent) -> PrepareRepo
     return report
 
 
-def _read(params: Prepare) -> tuple[int, list[Document], list[Bad]]:
-    read, documents, bad = 0, [], []
-    for source in params.sources:
-        for record in source.read(params.longest):
-            read += 1
-            vetted = vet(record, params.longest)
-            if isinstance(vetted, Bad):
-                bad.append(vetted)
+def _read(params: Prepare, engine: Engine, work: Path) -> tuple[int, list[Document], list[Bad]]:
+    """All records in the order of the sources, whoever read them in whatever order."""
+    parts = tuple(part for source in params.sources for part in source.parts())
+    engine.run(partial(_read_part, parts, params.longest, work), len(parts), work / "engine")
+    documents, bad = [], []
+    for number in range(len(parts)):
+        for row in read_lines(_place(work, number)):
+            if "text" in row:
+                documents.append(Document(**row))
             else:
-                documents.append(vetted)
-    return read, documents, bad
+                bad.append(Bad(**row))
+    return len(documents) + len(bad), documents, bad
+
+
+def _read_part(parts: Sequence[Source], longest: int, work: Path, number: int) -> None:
+    """Reads and vets one part into a file of its own, unless that is there already."""
+    place = _place(work, number)
+    if place.exists():
+        return
+    vetted = (vet(record, longest) for record in parts[number].read(longest))
+    half = place.with_suffix(".half")
+    write_lines(half, (record._asdict() for record in vetted))
+    half.replace(place)
+
+
+def _place(work: Path, number: int) -> Path:
+    return work / f"part-{number:06}.jsonl"
 
 
 def _told(documents: Sequence[Document], repeats: Mapping[int, Repeat]) -> Iterator[dict[str, Any]]:

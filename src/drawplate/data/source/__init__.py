@@ -8,15 +8,11 @@ record that is allowed, whatever the file holds.
 from __future__ import annotations
 
 import gzip
-import zlib
 from abc import abstractmethod
 from collections.abc import Iterator
-from glob import glob
-from hashlib import file_digest
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from drawplate.core.errors import UserError
 from drawplate.core.method import Method
 
 _BOM = b"\xef\xbb\xbf"
@@ -56,6 +52,10 @@ class Source(Method):
     def origin(self) -> dict[str, str]:
         """What was read and in which version: a package's version, a file's sha256."""
 
+    def parts(self) -> tuple[Source, ...]:
+        """Sources that one after another hold the same records, to be read side by side."""
+        return (self,)
+
 
 def vet(record: Record, longest: int) -> Record:
     r"""The record with its line breaks written `\n`; `Bad` if no tokenizer should see it."""
@@ -81,30 +81,6 @@ def vet(record: Record, longest: int) -> Record:
 def too_long(file: str, line: int, longest: int) -> Bad:
     """The one wording for a record over the limit."""
     return Bad(f"longer than {longest} bytes", file, line)
-
-
-def files(pattern: str) -> list[str]:
-    """The files that match a glob pattern (`**` crosses folders), sorted.
-
-    Raises:
-        UserError: none does.
-    """
-    found = sorted(name for name in glob(pattern, recursive=True) if Path(name).is_file())
-    if not found:
-        raise UserError(
-            f"prepare.sources: no file matches {pattern!r} seen from {Path.cwd()}; "
-            "give a path or a pattern such as texts/**/*.txt"
-        )
-    return found
-
-
-def digests(pattern: str) -> dict[str, str]:
-    """sha256 of every file that matches."""
-    found = {}
-    for name in files(pattern):
-        with Path(name).open("rb") as stream:
-            found[name] = file_digest(stream, "sha256").hexdigest()
-    return found
 
 
 def lines(file: str, longest: int) -> Iterator[tuple[int, bytes | None]]:
@@ -135,20 +111,3 @@ def decode(raw: bytes, file: str, line: int) -> Record:
     except UnicodeDecodeError as error:
         where = line + raw.count(b"\n", 0, error.start)
         return Bad(f"not UTF-8 (byte 0x{raw[error.start]:02x}: {error.reason})", file, where)
-
-
-def guarded(file: str, records: Iterator[Record]) -> Iterator[Record]:
-    """The records of one file; what cannot be read of it becomes one `Bad` record at the end.
-
-    A file without any record is a `Bad` record too, so that it does not vanish from the count.
-    """
-    line = 0
-    try:
-        for record in records:
-            line = record.line
-            yield record
-        if not line:
-            yield Bad("holds no record", file, 1)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        yield Bad(f"cannot be read from here on: {reason}", file, line + 1)

@@ -42,6 +42,10 @@ class Docstrings(Source):
         """Package -> installed version."""
         return {package: _find(package).version for package in self.packages}
 
+    def parts(self) -> tuple[Source, ...]:
+        """One for each package."""
+        return tuple(self.model_copy(update={"packages": (name,)}) for name in self.packages)
+
     def _files(self, package: Distribution) -> list[tuple[str, Path]]:
         found = sorted(
             (file.as_posix(), Path(str(package.locate_file(file))))

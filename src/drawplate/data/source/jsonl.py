@@ -14,25 +14,15 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from drawplate.data.source import (
-    Bad,
-    Document,
-    Record,
-    Source,
-    decode,
-    digests,
-    files,
-    guarded,
-    lines,
-    too_long,
-)
+from drawplate.data.source import Bad, Document, Record, decode, lines, too_long
+from drawplate.data.source._files import FileSource
 
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
 _DEEPEST = 100
 _KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
-class Jsonl(Source):
+class Jsonl(FileSource):
     """Fields say which files and which field of a line is the text."""
 
     name: Literal["jsonl"] = "jsonl"
@@ -41,16 +31,8 @@ class Jsonl(Source):
     field: str = "text"
     """Key of the text in each object."""
 
-    def read(self, longest: int) -> Iterator[Record]:
-        """One record a line, in the order of the files' names."""
-        for file in files(self.files):
-            yield from guarded(file, self._records(file, longest))
-
-    def origin(self) -> dict[str, str]:
-        """File -> sha256."""
-        return digests(self.files)
-
-    def _records(self, file: str, longest: int) -> Iterator[Record]:
+    def records(self, file: str, longest: int) -> Iterator[Record]:
+        """One a line."""
         for number, raw in lines(file, longest):
             if raw is None:
                 yield too_long(file, number, longest)

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from drawplate.core.errors import UserError
-from drawplate.data.source import Bad, Record, Source, decode, digests, files, guarded, too_long
+from drawplate.data.source import Bad, Record, decode, too_long
+from drawplate.data.source._files import FileSource
 
 
-class Parquet(Source):
+class Parquet(FileSource):
     """Fields say which files and which column is the text."""
 
     name: Literal["parquet"] = "parquet"
@@ -24,20 +25,12 @@ class Parquet(Source):
     column: str = "text"
     """Name of the column of strings."""
 
-    def read(self, longest: int) -> Iterator[Record]:
-        """One record a row, in the order of the files' names.
+    def records(self, file: str, longest: int) -> Iterator[Record]:
+        """One a row.
 
         Raises:
-            UserError: a file has no such column, or it holds no strings.
+            UserError: the file has no such column, or it holds no strings.
         """
-        for file in files(self.files):
-            yield from guarded(file, self._records(file, longest))
-
-    def origin(self) -> dict[str, str]:
-        """File -> sha256."""
-        return digests(self.files)
-
-    def _records(self, file: str, longest: int) -> Iterator[Record]:
         import pyarrow as arrow
         from pyarrow.parquet import ParquetFile
 

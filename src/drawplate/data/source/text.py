@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from drawplate.data.source import Record, Source, decode, digests, files, guarded, lines, too_long
+from drawplate.data.source import Record, decode, lines, too_long
+from drawplate.data.source._files import FileSource
 
 _BREAK = len(b"\r\n")
 """A line break at the end does not count against the limit."""
 
 
-class Text(Source):
+class Text(FileSource):
     """Fields say which files and what a document is."""
 
     name: Literal["text"] = "text"
@@ -25,16 +26,8 @@ class Text(Source):
     document: Literal["file", "block"] = "file"
     """A document is the whole file, or a block of lines between blank ones."""
 
-    def read(self, longest: int) -> Iterator[Record]:
-        """Documents in the order of the files' names and their lines."""
-        for file in files(self.files):
-            yield from guarded(file, self._documents(file, longest))
-
-    def origin(self) -> dict[str, str]:
-        """File -> sha256."""
-        return digests(self.files)
-
-    def _documents(self, file: str, longest: int) -> Iterator[Record]:
+    def records(self, file: str, longest: int) -> Iterator[Record]:
+        """Documents in the order of their lines."""
         parts: list[bytes] = []
         start, size = 1, 0
         for number, line in lines(file, longest):

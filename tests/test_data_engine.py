@@ -1,0 +1,160 @@
+"""Whoever reads the parts, the corpus is the same."""
+
+import json
+import subprocess
+import sys
+from hashlib import sha256
+from random import Random
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from drawplate.core.errors import UserError
+from drawplate.core.method import leaves
+from drawplate.data.engine import Here, Local
+from drawplate.data.prepare import Prepare, prepare
+from drawplate.data.source import Source
+from stages.run import Execution
+
+WORDS = ["sum", "array", "the", "of", "returns", "graph", "node", "value", "12", "number"]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Seven files of three kinds with bad records in them."""
+    folder = tmp_path_factory.mktemp("raw")
+    draw = Random(0)
+
+    def text():
+        return " ".join(draw.choices(WORDS, k=draw.randrange(8, 40)))
+
+    for number in range(3):
+        rows = [json.dumps({"text": text()}) for _ in range(30)]
+        (folder / f"[{number}].jsonl").write_text("\n".join([*rows, '{"text": null}', "{"]))
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("\n\n".join([text(), "a\0b", text()]))
+    table = pyarrow.table({"text": [text(), None, text()]})
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    return folder
+
+
+def params(raw, **more):
+    sources = [
+        {"name": "jsonl", "files": f"{raw}/*.jsonl"},
+        {"name": "text", "files": f"{raw}/*.txt", "document": "block"},
+        {"name": "parquet", "files": f"{raw}/*.parquet"},
+        {"name": "docstrings", "packages": ["packaging", "pluggy"]},
+    ]
+    return Prepare.model_validate(
+        {
+            "sources": sources,
+            "heldout_text": 0.2,
+            "tasks": [{"name": "chain_sum"}],
+            "train_problems": 30,
+            "heldout_problems": 5,
+            "vocabulary": 320,
+            **more,
+        }
+    )
+
+
+def made(raw, folder, engine, work=None, **more):
+    folder.mkdir()
+    report = prepare(params(raw, **more), folder, engine=engine, work=work)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return report, {str(p.relative_to(folder)): sha256(p.read_bytes()).digest() for p in files}
+
+
+ENGINES = [Here(), Local(workers=1), Local(workers=3)]
+
+
+@pytest.fixture(scope="module")
+def wanted(raw, tmp_path_factory):
+    return made(raw, tmp_path_factory.mktemp("wanted") / "out", None)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=repr)
+def test_the_same_bytes(raw, wanted, tmp_path, engine):
+    assert wanted[0].quarantined == 3 * 2 + 3 + 1
+    assert made(raw, tmp_path / "out", engine, tmp_path) == wanted
+    assert len(list(tmp_path.glob("part-*.jsonl"))) == 3 + 3 + 1 + 2
+
+
+def test_parts_are_their_source(raw):
+    for source in params(raw).sources:
+        parts = source.parts()
+        assert len(parts) > 1 or source.name == "parquet"
+        assert [r for part in parts for r in part.read(1000)] == list(source.read(1000))
+    (hub,) = leaves(Source)["hub"]().parts()
+    assert hub == leaves(Source)["hub"]()
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=repr)
+def test_finished_parts_are_not_read_again(raw, wanted, tmp_path, engine):
+    with pytest.raises(UserError, match="missing"):
+        made(raw, tmp_path / "no", engine, tmp_path, tokenizer=tmp_path / "missing")
+    finished = sorted(tmp_path.glob("part-*.jsonl"))
+    times = [path.stat().st_mtime_ns for path in finished]
+    finished[1].unlink()
+    assert made(raw, tmp_path / "out", engine, tmp_path) == wanted
+    again = [path.stat().st_mtime_ns for path in finished]
+    assert [a == b for a, b in zip(times, again, strict=True)] == [True, False, *[True] * 7]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=repr)
+def test_a_part_that_cannot_be_read_is_a_clear_error(raw, tmp_path, engine):
+    sources = [{"name": "parquet", "files": f"{raw}/*.parquet", "column": "words"}]
+    with pytest.raises(UserError, match="no column of strings named 'words'; it has text"):
+        made(raw, tmp_path / "out", engine, tmp_path, sources=sources)
+    assert not list(tmp_path.glob("part-*.jsonl"))
+
+
+def test_workers_are_processes(tmp_path):
+    """Several at a time where several are asked for."""
+    for engine in (Local(workers=1), Local(workers=2)):
+        folder = tmp_path / str(engine.workers)
+        folder.mkdir()
+        engine.run(Meeting(str(folder), engine.workers), 2, folder / "log")
+        pids = {file.read_text() for file in folder.glob("*.pid")}
+        assert len(pids) == engine.workers
+
+
+class Meeting:
+    """Work that waits until as many processes as expected have begun."""
+
+    def __init__(self, folder, many):
+        self.folder, self.many = folder, many
+
+    def __call__(self, part):
+        import os
+        import time
+        from pathlib import Path
+
+        folder = Path(self.folder)
+        (folder / f"{part}.pid").write_text(str(os.getpid()))
+        deadline = time.monotonic() + 30
+        while len(list(folder.glob("*.pid"))) < self.many and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def test_it_is_an_execution_setting():
+    assert Execution().engine == Here()
+    assert Execution.model_validate({"engine": {"name": "local", "workers": 4}}).engine == Local(
+        workers=4
+    )
+
+
+def test_without_datatrove_it_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['datatrove.executor.local'] = None\n"
+        "from pathlib import Path\n"
+        "from drawplate.data.engine import Local\n"
+        "Local().run(print, 1, Path(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1].endswith(
+        "execution.engine local needs datatrove: pip install 'drawplate[data]'"
+    )

@@ -35,6 +35,8 @@ SPECS = {
     "two_of_four": {"name": "sparse", "pattern": {"name": "n_m"}},
     "rows": {"name": "sparse", "pattern": {"name": "rows"}},
     "columns": {"name": "sparse", "pattern": {"name": "columns"}},
+    "apart": {"name": "low_rank_sparse"},
+    "greedy": {"name": "sparse", "update": {"name": "greedy_blocks", "steps": 4}},
 }
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
@@ -70,7 +72,8 @@ def test_bytes_are_met_from_below(spec, ratio):
     changes = sum(row.bytes_after - row.bytes_before for row in ledger.rows)
     assert changes == ledger.bytes_after - before
     largest = max(row.bytes_before - row.bytes_after for row in ledger.rows)
-    step = {"low_rank": 4 * (64 + 32), "n_m": largest}.get(
+    factors = 4 * (64 + 32)
+    step = {"low_rank": factors, "low_rank_sparse": factors, "n_m": largest}.get(
         spec.get("pattern", spec)["name"], 4 * 64
     )
     assert floor((1 - ratio) * before) - ledger.bytes_after < step

@@ -220,3 +220,94 @@ def test_refit_with_fewer_tokens_than_inputs():
     found = leaves(Update)["refit"]().solve(weight, keep, stats)
     assert found.isfinite().all()
     assert error(weight, found, stats) < 0.05 * error(weight, weight.where(keep, 0), stats)
+
+
+GreedyBlocks = leaves(Update)["greedy_blocks"]
+
+
+def objective(method, weight, now, keep, stats):
+    """Row by row: what greedy blocks minimise, [O]."""
+    gram = damped(stats.gram, method.damping)
+    toll = method.penalty * (weight @ gram).where(keep, 0).abs().amax(1)
+    off = now - weight
+    return ((off @ gram) * off).sum(1) / 2 + toll * now.abs().sum(1)
+
+
+@each_layer
+@pytest.mark.parametrize("block", [1, 3, 40])
+def test_greedy_blocks_end_at_the_masked_least_squares_solution(weight, stats, block):
+    keep = mask(weight, stats)
+    wanted = oracle("compress/update/refit")(weight.numpy(), keep.numpy(), stats.gram.numpy())
+    found = GreedyBlocks(block=block, steps=1500).solve(weight, keep, stats)
+    torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=1e-9, atol=1e-10)
+
+
+@each_layer
+@pytest.mark.parametrize("penalty", [0.02, 0.2, 0.7])
+@pytest.mark.parametrize("block", [1, 3, 40])
+def test_greedy_blocks_end_at_the_lasso_solution(weight, stats, penalty, block):
+    keep = mask(weight, stats, 0.8)
+    wanted = oracle("compress/update/greedy_blocks")(
+        weight.numpy(), keep.numpy(), stats.gram.numpy(), damping=0.3, penalty=penalty
+    )
+    method = GreedyBlocks(block=block, steps=500, penalty=penalty, damping=0.3)
+    found = method.solve(weight, keep, stats)
+    torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=1e-8, atol=1e-9)
+    assert torch.equal(found != 0, torch.from_numpy(wanted != 0))
+    # Optimal if and only if the slope is -t sign(w') where w' lives, and within [-t, t] elsewhere.
+    gram = damped(stats.gram, method.damping)
+    slope = ((found - weight) @ gram).where(keep, 0)
+    toll = penalty * (weight @ gram).where(keep, 0).abs().amax(1, keepdim=True)
+    scale = float(toll.max())
+    assert (slope + toll * found.sign())[found != 0].abs().max() < 1e-9 * scale
+    assert (slope.abs() <= toll + 1e-9 * scale).all()
+    alive = [
+        (GreedyBlocks(penalty=p, steps=400).solve(weight, keep, stats) != 0).sum()
+        for p in (0.0, penalty)
+    ]
+    assert alive[1] < alive[0] or penalty < 0.1
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.05, 0.4])
+@pytest.mark.parametrize("block", [1, 4, 16])
+def test_greedy_blocks_never_rise(penalty, block):
+    weight, stats = layer(12, 24, 30, seed=3)
+    keep = mask(weight, stats, 0.6)
+    values = []
+    for steps in range(12):
+        method = GreedyBlocks(steps=steps, block=block, penalty=penalty)
+        values.append(objective(method, weight, method.solve(weight, keep, stats), keep, stats))
+    for before, after in itertools.pairwise(values):
+        assert (after <= before * (1 + 1e-12)).all()
+    assert (values[-1] < values[0]).all()
+
+
+def test_a_block_that_holds_the_support_solves_it_in_one_step():
+    weight, stats = layer(6, 12)
+    keep = mask(weight, stats)
+    once = GreedyBlocks(steps=1, block=6).solve(weight, keep, stats)
+    wanted = oracle("compress/update/refit")(weight.numpy(), keep.numpy(), stats.gram.numpy())
+    torch.testing.assert_close(once, torch.from_numpy(wanted), rtol=1e-9, atol=1e-10)
+
+
+def test_zeros_are_found_after_finitely_many_steps():
+    weight, stats = layer(10, 24, 60, seed=5)
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    end = GreedyBlocks(steps=500, block=8, penalty=0.3).solve(weight, keep, stats)
+    supports = [
+        GreedyBlocks(steps=steps, block=8, penalty=0.3).solve(weight, keep, stats) != 0
+        for steps in (40, 50, 60)
+    ]
+    assert all(torch.equal(support, end != 0) for support in supports)
+    assert 0 < int((end != 0).sum()) < weight.numel() // 2
+
+
+def test_a_newton_block_gains_more_than_its_coordinates_one_by_one():
+    """At equally many moved weights; a block knows how its members depend on one another."""
+    weight, stats = layer(16, 32, 60, seed=2)
+    keep = mask(weight, stats, 0.5)
+    method = GreedyBlocks(steps=2, block=8)
+    single = GreedyBlocks(steps=16, block=1)
+    together = objective(method, weight, method.solve(weight, keep, stats), keep, stats).sum()
+    alone = objective(single, weight, single.solve(weight, keep, stats), keep, stats).sum()
+    assert together < alone * 1.2

@@ -10,11 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drawplate import edits
+from drawplate.compress.driver import Compress, compress
 from drawplate.core import hf
 from drawplate.core.errors import Damaged, UserError
 from drawplate.core.method import leaves
 from drawplate.core.pack import packed_bytes
-from drawplate.edits import adapter, low_rank, quantized, quantized_embedding, sliced, sparse
+from drawplate.edits import (
+    adapter,
+    low_rank,
+    low_rank_sparse,
+    quantized,
+    quantized_embedding,
+    sliced,
+    sparse,
+)
 
 
 def draw(*shape, seed=0):
@@ -43,6 +52,14 @@ def narrow(model, path):
     rows, columns = draw(weight.shape[0], seed=3) > -0.5, draw(weight.shape[1], seed=4) > -0.5
     spec = sliced.Sliced(module=path, rows=int(rows.sum()), columns=int(columns.sum()))
     edits.apply(model, spec, sliced.tensors(weight, rows, columns))
+
+
+def set_apart(model, path, rank=5):
+    weight = edits.matrix(model.get_submodule(path))
+    outlying = draw(*weight.shape, seed=8) > 2
+    spec = low_rank_sparse.LowRankSparse(module=path, rank=rank, kept=int(outlying.sum()))
+    first, second = draw(rank, weight.shape[1]) / 8, draw(weight.shape[0], rank, seed=1) / 8
+    edits.apply(model, spec, low_rank_sparse.tensors(second, first, weight, outlying))
 
 
 def codes_for(shape, bits, group, zero, levels, seed=5):
@@ -91,18 +108,24 @@ def adapt(model, path, rank=3):
     edits.apply(model, adapter.Adapter(module=path, rank=rank, scaling=0.5), tensors)
 
 
+def slim(model):
+    params = {"ratio": 0.1, "method": {"name": "slice"}}
+    compress(model, tiny.tokens(), Compress.model_validate(params))
+
+
 def everything(model):
     """Every kind of edit at once, each stacked on what it may be stacked on."""
-    first, second, third = list(edits.linears(model))[:3]
+    first, second, third, fourth = list(edits.linears(model))[:4]
     factorise(model, first)
     sparsify(model, second)
     narrow(model, third)
+    set_apart(model, fourth)
     for number, path in enumerate(edits.linears(model)):
         quantize(
             model, path, bits=(2, 3, 4, 8)[number % 4], zero=number % 3 != 1, levels=number % 3 == 1
         )
     quantize_table(model)
-    for path in (first, second, third):
+    for path in (first, second, third, fourth):
         adapt(model, path)
     return first, second, third
 
@@ -355,6 +378,7 @@ def test_wrong_tensors_and_places_are_refused():
 def test_every_edit_is_exercised():
     """`everything` builds each kind of edit there is, so that a new one cannot be forgotten."""
     model = tiny.model()
+    slim(model)
     everything(model)
     # The sparse one is replaced by the quantized stand-in that carries its mask on.
     assert {edit.name for edit in edits.of(model)} == set(leaves(edits.Edit))

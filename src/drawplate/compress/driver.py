@@ -1,5 +1,7 @@
 """The driver of the compress stage: survey all layers, share out the bytes, solve block by block.
 
+Families that narrow the residual stream instead have their own driver, `compress.stream`.
+
 Pass 1 profiles every layer on the model as it came; the allocation then decides on all layers at
 once. Pass 2 walks the blocks again, each on the outputs of the compressed blocks before it. With a
 work folder a run that was killed goes on after the last finished block and ends with the same
@@ -22,7 +24,12 @@ from transformers import PreTrainedModel
 
 from drawplate import edits
 from drawplate.compress.allocation import Profile
-from drawplate.compress.method import Compression, default, dense
+from drawplate.compress.layerwise import Layerwise, dense
+from drawplate.compress.ledger import Ledger as Ledger
+from drawplate.compress.ledger import Row, part
+from drawplate.compress.method import Compression, default
+from drawplate.compress.residual import Residual
+from drawplate.compress.stream import narrow
 from drawplate.core.artifact import publish, verify
 from drawplate.core.blocks import Outcome, Site, walk
 from drawplate.core.errors import Damaged, UserError
@@ -45,49 +52,6 @@ class Compress(Frozen):
     """Layers left as they are, as shell patterns of their paths, for example "*.down_proj"."""
     head: bool = False
     """Whether the output head is compressed too, where it has weights of its own."""
-
-
-class Row(Frozen):
-    """One layer of the ledger."""
-
-    path: str
-    block: int
-    """Number of the decoder block; -1 is the output head."""
-    rows: int
-    columns: int
-    edit: str
-    """Name of the edit, "" where the layer was left as it stands."""
-    units: int
-    """Ranks, or members of each group, that stay."""
-    sparsity: float
-    """Share of the layer's dense matrix that is exactly zero."""
-    weight_error: float
-    """|W - W'|^2 / |W|^2."""
-    activation_error: float
-    """E |(W - W') x|^2 / E |W x|^2 on calibration tokens, x as the compressed model has it."""
-    bytes_before: int
-    bytes_after: int
-    seconds: float = Field(0.0, exclude=True)
-    """Time that solving took; never stored, 0 for blocks taken up from an earlier run."""
-
-
-class Ledger(Frozen):
-    """What the compress stage did."""
-
-    bytes_before: int
-    """Stored bytes of the whole model."""
-    bytes_after: int
-    rows: tuple[Row, ...]
-
-    @property
-    def ratio(self) -> float:
-        """Share of the stored bytes that was removed."""
-        return 1 - self.bytes_after / self.bytes_before
-
-    @property
-    def activation_error(self) -> float:
-        """Mean over the layers that could be changed."""
-        return sum(row.activation_error for row in self.rows) / max(len(self.rows), 1)
 
 
 def compress(
@@ -114,15 +78,23 @@ def compress(
     """
     _refuse(model, params)
     method = params.method
+    if work is not None:
+        work = work / _fingerprint(model, tokens, params)
+    if isinstance(method, Residual):
+        if params.exclude or params.head:
+            raise UserError(
+                f"compress.exclude and compress.head: method {method.name} narrows the stream that "
+                "runs through all layers and the head, so that none can be left out; drop both"
+            )
+        return narrow(model, tokens, method, params.ratio, work, watch, batch)
+    assert isinstance(method, Layerwise)
     targets = _targets(model, params)
     before = stored_bytes(model)
     own = sum(edits.matrix(module).nbytes for module in targets.values())
     budget = floor((1 - params.ratio) * before) - (before - own)
-    if work is not None:
-        work = work / _fingerprint(model, tokens, params)
     plan = None if work is None else _known_plan(work)
     if plan is None:
-        profiles = _survey(model, tokens, params, targets, _shifted(watch, 0), batch)
+        profiles = _survey(model, tokens, method, params.head, targets, _shifted(watch, 0), batch)
         _affordable(params, profiles, before, budget)
         plan = method.plan(profiles, budget)
         if work is not None:
@@ -201,7 +173,8 @@ def _targets(model: PreTrainedModel, params: Compress) -> dict[str, nn.Module]:
 def _survey(
     model: PreTrainedModel,
     tokens: Tensor,
-    params: Compress,
+    method: Layerwise,
+    head: bool,
     targets: Mapping[str, nn.Module],
     watch: Watch,
     batch: int,
@@ -210,14 +183,12 @@ def _survey(
     profiles: list[Profile] = []
 
     def visit(number: int, sites: list[Site]) -> Outcome[Row]:
-        profiles.extend(
-            params.method.profiles(number, [site for site in sites if site.path in targets])
-        )
+        profiles.extend(method.profiles(number, [site for site in sites if site.path in targets]))
         return Outcome([], [])
 
-    needs = params.method.surveys()
+    needs = method.surveys()
     if needs:
-        walk(model, tokens, needs, visit, Row, head=params.head, batch=batch, watch=watch)
+        walk(model, tokens, needs, visit, Row, head=head, batch=batch, watch=watch)
         return profiles
     prefix, layers = blocks(model)
     for number in (*range(len(layers)), -1):
@@ -266,19 +237,17 @@ def _row(
         edit=mine[0][0].name if mine else "",
         units=min(old.shape) if units is None else units,
         sparsity=float((now == 0).double().mean()),
-        weight_error=_part(float((old - now).double().square().sum()), old.double().square().sum()),
-        activation_error=_part(
-            float(output_error(old - now, site.stats.gram)), output_error(old, site.stats.gram)
+        weight_error=part(
+            float((old - now).double().square().sum()), float(old.double().square().sum())
+        ),
+        activation_error=part(
+            float(output_error(old - now, site.stats.gram)),
+            float(output_error(old, site.stats.gram)),
         ),
         bytes_before=size,
         bytes_after=sum(t.nbytes for _, tensors in mine for t in tensors.values()) or size,
         seconds=seconds,
     )
-
-
-def _part(error: float, whole: Tensor) -> float:
-    """Error as a share of the whole; 0 of nothing is 0."""
-    return error / float(whole) if error else 0.0
 
 
 def _shifted(watch: Watch, which: int) -> Watch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from drawplate.core.batches import Share
 from drawplate.core.corpus import Corpus, Stream, token_type
 from drawplate.core.errors import UserError
-from drawplate.core.method import Frozen
+from drawplate.core.method import Frozen, OneOf, leaves
+from drawplate.core.sample import Sample
 from drawplate.core.seeds import generator
 
 
@@ -78,6 +79,11 @@ def open_corpus(path: Path, tokenizer: Any) -> Corpus | TextCorpus:
     return corpus
 
 
+def _uniform() -> Any:
+    axis: Any = Sample
+    return leaves(axis)["uniform"]()
+
+
 class Calibration(Frozen):
     """Which rows statistics are gathered on."""
 
@@ -89,6 +95,9 @@ class Calibration(Frozen):
     """Share of rows that are cut from worked problems; null: half where the corpus has problems."""
     seed: int = Field(0, ge=0)
     """Of the positions that rows are cut at."""
+    sample: Annotated[Sample, OneOf()] = Field(default_factory=_uniform)
+    """Which of the drawn positions are taken; rows then count alike, whatever the sample's weights.
+    """
 
     def tokens(self, corpus: Corpus | TextCorpus) -> Tensor:
         """[rows, length] token ids, cut at drawn positions of the training streams.
@@ -116,6 +125,15 @@ class Calibration(Frozen):
                 f"a calibration row {self.length}"
             )
         draw = generator(self.seed, "calibration", name)
-        begins = torch.randint(room, (count,), generator=draw).numpy()
+        wanted = self.sample.candidates(count)
+        begins = torch.randint(room, (wanted,), generator=draw).numpy()
         places = begins[:, None] + np.arange(self.length)
-        return torch.from_numpy(tokens[places].astype(np.int64))
+        rows = torch.from_numpy(tokens[places].astype(np.int64))
+        features = self._features(rows, corpus.vocabulary)
+        return rows[self.sample.pick(features, count, draw).rows]
+
+    def _features(self, rows: Tensor, vocabulary: int) -> Tensor:
+        """Token rows [N, T] -> the mean, over a row, of vectors drawn for each token, [N, M]."""
+        draw = generator(self.seed, "calibration", "features")
+        table = torch.randn(vocabulary, self.sample.width(), generator=draw, dtype=torch.float64)
+        return torch.stack([table[row].mean(0) for row in rows])

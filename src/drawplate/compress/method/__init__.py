@@ -1,27 +1,17 @@
 """Method: the families of compression, each a composition of smaller axes.
 
-The driver walks the model twice and asks the family three things: `profiles` of each block's layers
-on the untouched model, a `plan` for all of them under one byte budget, and block by block what to
-change. A family that treats layers one by one gives `profile` and `solve`; one that ties several
-layers of a block together (a shared basis, say) overrides `profiles` and `changes` instead.
+A family either treats a model layer by layer (`compress.layerwise`) or narrows the residual stream
+that runs through all of them (`compress.stream`); each of the two has a driver.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from drawplate.compress.allocation import Allocation, Profile
-from drawplate.core.blocks import Site
-from drawplate.core.errors import DrawplateError
-from drawplate.core.method import Method, OneOf, leaves
-from drawplate.edits import Change, matrix
+from drawplate.core.method import Method, leaves
 
 
 def default(axis: type[Method], name: str) -> Any:
@@ -29,81 +19,12 @@ def default(axis: type[Method], name: str) -> Any:
     return Field(default_factory=lambda: leaves(axis)[name].model_validate({"name": name}))
 
 
-class Solved(NamedTuple):
-    """What becomes of some layers of a block."""
-
-    changes: list[Change]
-    """Edits with their tensors, in the order of application."""
-    weights: dict[str, Tensor]
-    """Path of each layer concerned -> the dense matrix [O, I] that it now amounts to, as stored."""
-
-
 class Compression(Method):
-    """Contract: `solve` spends exactly the bytes that the planned level of the profile promises."""
+    """Contract: what is stored afterwards is no more than the byte budget."""
 
     refuses: ClassVar[frozenset[str]] = frozenset({"quantized", "adapter"})
     """Names of the edits that a model must not have yet."""
 
-    allocation: Annotated[Allocation, OneOf()] = default(Allocation, "uniform")
-    """How the byte budget is shared out among the layers."""
-
-    @abstractmethod
-    def surveys(self) -> frozenset[str]:
-        """Parts of `Stats` that `profiles` reads; none means that no calibration pass is needed."""
-
     @abstractmethod
     def reads(self) -> frozenset[str]:
-        """Parts of `Stats` that `changes` reads."""
-
-    @abstractmethod
-    def profile(self, block: int, site: Site) -> Profile:
-        """The levels that one layer can be brought to."""
-
-    @abstractmethod
-    def solve(self, site: Site, units: int) -> Solved:
-        """One layer at the level that keeps `units`."""
-
-    def profiles(self, block: int, sites: Sequence[Site]) -> list[Profile]:
-        """The levels of each layer of a block, or of each set of layers that share one fate."""
-        found = []
-        for site in sites:
-            with naming(site.path):
-                found.append(self.profile(block, site))
-        return found
-
-    def plan(self, profiles: Sequence[Profile], budget: int) -> dict[str, int | None]:
-        """Path of each profile -> the units that stay, None where it is left as it stands.
-
-        Raises:
-            UserError: the budget is below the smallest levels together.
-        """
-        chosen = self.allocation.levels(profiles, budget)
-        return {
-            profile.path: None if level == len(profile.units) - 1 else int(profile.units[level])
-            for profile, level in zip(profiles, chosen, strict=True)
-        }
-
-    def changes(self, sites: Sequence[Site], plan: Mapping[str, int | None]) -> list[Solved]:
-        """What becomes of a block's layers; those that are planned to stay are left out."""
-        found = []
-        for site in sites:
-            units = plan[site.path]
-            if units is not None:
-                with naming(site.path):
-                    found.append(self.solve(site, units))
-        return found
-
-
-@contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Inside, the message of an error of ours begins with the layer's path."""
-    try:
-        yield
-    except DrawplateError as error:
-        raise type(error)(f"{path}: {error}") from None
-
-
-def dense(site: Site) -> Tensor:
-    """The layer's weight [O, I], at least float32, detached."""
-    weight = matrix(site.module).detach()
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+        """Parts of `Stats` that solving reads."""

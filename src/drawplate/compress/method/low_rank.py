@@ -13,19 +13,22 @@ import torch
 
 from drawplate.compress.allocation import Allocation, Profile
 from drawplate.compress.factor import Factor
-from drawplate.compress.method import Compression, Solved, default, dense
+from drawplate.compress.layerwise import Layerwise, Solved, dense
+from drawplate.compress.method import default
 from drawplate.core.blocks import Site
 from drawplate.core.method import OneOf
 from drawplate.edits import matrix
 from drawplate.edits.low_rank import LowRank as Edit
 
 
-class LowRank(Compression):
+class LowRank(Layerwise):
     """W = second @ first."""
 
     name: Literal["low_rank"] = "low_rank"
     paper: ClassVar[str] = "2403.07378"
-    refuses: ClassVar[frozenset[str]] = frozenset({"low_rank", "sparse", "quantized", "adapter"})
+    refuses: ClassVar[frozenset[str]] = frozenset(
+        {"low_rank", "low_rank_sparse", "sparse", "quantized", "adapter"}
+    )
 
     factor: Annotated[Factor, OneOf()] = default(Factor, "whitened")
     """How a matrix is split."""

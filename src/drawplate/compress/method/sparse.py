@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from drawplate.compress.allocation import Allocation, Profile
-from drawplate.compress.method import Compression, Solved, default, dense
+from drawplate.compress.layerwise import Layerwise, Solved, dense
+from drawplate.compress.method import default
 from drawplate.compress.pattern import Pattern
 from drawplate.compress.prune import Prune
 from drawplate.compress.update import Update
@@ -26,12 +27,14 @@ from drawplate.core.method import OneOf
 from drawplate.edits import Change, matrix, sliced, sparse
 
 
-class Sparse(Compression):
+class Sparse(Layerwise):
     """score -> pattern -> update."""
 
     name: Literal["sparse"] = "sparse"
     paper: ClassVar[str] = "2401.02938"
-    refuses: ClassVar[frozenset[str]] = frozenset({"sparse", "quantized", "adapter"})
+    refuses: ClassVar[frozenset[str]] = frozenset(
+        {"sparse", "low_rank_sparse", "quantized", "adapter"}
+    )
 
     prune: Annotated[Prune, OneOf()] = default(Prune, "wanda")
     """What a weight is worth."""

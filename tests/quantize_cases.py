@@ -11,6 +11,8 @@ from drawplate.core.stats import Stats
 from tests.laws import changed
 
 BITS = (2, 3, 4, 8)
+PAIRS = (2, 3, 4)
+"""Widths at which there are points for pairs of weights."""
 
 
 def weights(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -49,6 +51,6 @@ def neighbours(method: Method) -> Iterator[tuple[str, list[Method]]]:
     """For each field, the leaf with other legal values of that field."""
     for name, value in fields(method).items():
         tries = list(get_args(type(method).model_fields[name].annotation))
-        if isinstance(value, int | float):
+        if not tries and isinstance(value, int | float):
             tries = [value * 4, value / 4, value // 4, 1, 0.9]
         yield name, changed(method, name, tries)

@@ -84,20 +84,52 @@ def decode(
 ) -> Tensor:
     """(levels[codes] - zero) * scale -> weights [O, I], in float32 or, with such scales, float64.
 
-    `codes` uint8 [O, I]; `levels` [K], or [O, K] with a table for every row, None where a code is
-    its own level; `scale` and `zero` [O, ceil(I / group)] belong to `group` neighbouring inputs,
-    the last group being as short as I leaves it; `zero` None means 0.
+    `codes` uint8 [O, I]; `levels` [K], or [O, K] with a table for every row, [1, K, P] where P
+    neighbouring codes are the number of a point, None where a code is its own level; `scale` and
+    `zero` [O, ceil(I / group)] belong to `group` neighbouring inputs, the last group being as short
+    as I leaves it; `zero` None means 0.
     """
     dtype = torch.promote_types(scale.dtype, torch.float32)
-    if levels is None:
-        value = codes.to(dtype)
-    elif levels.ndim == 1:
-        value = levels.to(dtype).index_select(0, codes.flatten().int()).view(codes.shape)
-    else:
-        value = levels.to(dtype).gather(1, codes.long())
+    value = codes.to(dtype) if levels is None else look_up(levels.to(dtype), codes)
     if zero is not None:
         value = value - spread(zero.to(dtype), group, codes.shape[1])
     return value * spread(scale.to(dtype), group, codes.shape[1])
+
+
+def look_up(levels: Tensor, codes: Tensor) -> Tensor:
+    """levels[codes] in the shape of `codes` [..., I]; tables are as in `decode`.
+
+    Of P codes of b bits that number a point, the first is its lowest b bits.
+    """
+    if levels.ndim == 1:
+        return levels.index_select(0, codes.flatten().int()).view(codes.shape)
+    if levels.ndim == 2:
+        return levels.gather(1, codes.reshape(len(levels), -1).long()).view(codes.shape)
+    points = levels[0]
+    number = codes.reshape(-1, points.shape[1]).int() << _shifts(points)
+    return points.index_select(0, number.sum(1, dtype=torch.int32)).view(codes.shape)
+
+
+def empty_table(bits: int, rows: int | None, points: int | None, device: torch.device) -> Tensor:
+    """An unfilled table as checkpoints store it: float32 [K], or float16 for `rows` or `points`."""
+    if points is not None:
+        return torch.empty(1, 2 ** (bits * points), points, dtype=torch.float16, device=device)
+    if rows is not None:
+        return torch.empty(rows, 2**bits, dtype=torch.float16, device=device)
+    return torch.empty(2**bits, dtype=torch.float32, device=device)
+
+
+def split(number: Tensor, points: Tensor) -> Tensor:
+    """Numbers [...] of points [K, P] -> their codes uint8 [..., P], the inverse of `look_up`."""
+    bits = (len(points).bit_length() - 1) // points.shape[1]
+    return ((number.unsqueeze(-1) >> _shifts(points)) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def _shifts(points: Tensor) -> Tensor:
+    """Where each of the P codes of a point's number begins, in bits."""
+    count, size = points.shape
+    bits = (count.bit_length() - 1) // size
+    return torch.arange(0, bits * size, bits, dtype=torch.int32, device=points.device)
 
 
 def spread(each: Tensor, group: int, width: int) -> Tensor:

@@ -1,14 +1,14 @@
 """A linear layer as packed codes, with a scale and perhaps a zero point for each group."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from drawplate.core.errors import Damaged
-from drawplate.core.pack import decode, pack, pack_mask, unpack, unpack_mask
-from drawplate.edits import Edit, Packed, bias_like, features, placement
+from drawplate.core.pack import decode, empty_table, pack, pack_mask, unpack, unpack_mask
+from drawplate.edits import Edit, Packed, _rotated, bias_like, features, placement
 from drawplate.edits.sparse import SparseLinear, check_mask
 
 
@@ -24,38 +24,36 @@ class QuantizedLinear(Packed):
         super().__init__()
         self.out_features, self.in_features = features(old)
         self.bits, self.group = spec.bits, spec.group
-        where = placement(old)
-        size = self.out_features * self.in_features
-        self.stored = size if spec.kept is None else spec.kept
+        where, size = placement(old), self.out_features * self.in_features
+        filled = self.out_features * (self.in_features + -self.in_features % (spec.points or 1))
+        self.stored = filled if spec.kept is None else spec.kept
         groups = -(-self.in_features // self.group)
 
-        def buffer(name: str, length: int, present: bool = True) -> None:
-            empty = torch.empty(length, dtype=torch.uint8, device=where["device"])
+        def buffer(name: str, *shape: int, present: bool = True) -> None:
+            empty = torch.empty(*shape, dtype=torch.uint8, device=where["device"])
             self.register_buffer(name, empty if present else None)
 
         buffer("codes", -(-self.stored * self.bits // 8))
-        buffer("mask", (size + 7) // 8, spec.kept is not None)
+        buffer("mask", (size + 7) // 8, present=spec.kept is not None)
         self.scale = nn.Parameter(
             torch.empty(self.out_features, groups, **where), requires_grad=False
         )
-        zero = torch.empty(self.out_features, groups, dtype=torch.uint8, device=where["device"])
-        self.register_buffer("zero", zero if spec.zero else None)
-        levels = torch.empty(2**self.bits, dtype=torch.float32, device=where["device"])
-        if spec.tables:
-            levels = levels.new_empty(self.out_features, 2**self.bits, dtype=torch.float16)
+        buffer("zero", self.out_features, groups, present=spec.zero)
+        rows = self.out_features if spec.tables else None
+        levels = empty_table(self.bits, rows, spec.points, where["device"])
         self.register_buffer("levels", levels if spec.levels else None)
         self.bias = bias_like(old)
 
     def matrix(self) -> Tensor:
         """[O, I] in the dtype of the scales; weights outside the mask are exactly zero."""
         codes = unpack(self.codes, self.bits, self.stored)
-        shape = (self.out_features, self.in_features)
-        if self.mask is not None:
-            codes = codes.new_zeros(shape).masked_scatter(self.keep(), codes)
-        dense = decode(self.levels, codes.view(shape), self.scale, self.zero, self.group)
-        if self.mask is not None:
-            dense = dense * self.keep()
-        return dense.to(self.scale.dtype)
+        if self.mask is None:
+            codes = codes.view(self.out_features, -1)
+        else:
+            codes = self.mask.new_zeros(self.keep().shape).masked_scatter(self.keep(), codes)
+        dense = decode(self.levels, codes, self.scale, self.zero, self.group)
+        dense = dense[:, : self.in_features]
+        return (dense if self.mask is None else dense * self.keep()).to(self.scale.dtype)
 
     def keep(self) -> Tensor:
         """Bool [O, I]: where weights survive."""
@@ -84,19 +82,26 @@ class Quantized(Edit):
     """Whether a table of 2**bits levels is stored; otherwise a code is its own level."""
     tables: bool = False
     """Whether each output has such a table of its own, in float16."""
+    points: PositiveInt | None = None
+    """Neighbouring inputs whose codes together number a point of the table; null: each its own."""
     kept: NonNegativeInt | None = None
     """Number of surviving weights where the layer was sparse."""
     n: PositiveInt | None = None
     """As in `Sparse`."""
     m: PositiveInt | None = None
     """As in `Sparse`."""
+    rotated: _rotated.Sides | None = None
+    """The rotations that the codes stand between; null: none."""
 
     def build(self, old: nn.Module) -> nn.Module:
         """Empty codes, scales and what else the spec names."""
-        return QuantizedLinear(old, self)
+        core = QuantizedLinear(old, self)
+        return core if self.rotated is None else _rotated.RotatedLinear(core, self.rotated)
 
     def check(self, module: nn.Module) -> None:
         """Scales are finite and the mask is as promised."""
+        if self.rotated is not None and isinstance(module, _rotated.RotatedLinear):
+            module = module.core
         if not isinstance(module, QuantizedLinear):
             raise Damaged(
                 f"{self.module}: expected quantized weights, found a {type(module).__name__}"
@@ -133,18 +138,11 @@ def spec(
     group: int,
     zero: bool,
     levels: bool,
-    tables: bool = False,
+    **layout: Any,
 ) -> Quantized:
     """The spec for quantizing `old`; where `earlier` made it sparse its mask is carried on."""
-    kept = old.values.numel() if isinstance(old, SparseLinear) else None
-    pattern = {key: getattr(earlier, key, None) for key in ("n", "m")} if kept is not None else {}
-    return Quantized(
-        module=module,
-        bits=bits,
-        group=group,
-        zero=zero,
-        levels=levels,
-        tables=tables,
-        kept=kept,
-        **pattern,
-    )
+    layout |= {"bits": bits, "group": group, "zero": zero, "levels": levels}
+    if isinstance(old, SparseLinear):
+        layout |= {"kept": old.values.numel()}
+        layout |= {key: getattr(earlier, key, None) for key in ("n", "m")}
+    return Quantized(module=module, **layout)

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from drawplate.core.errors import Damaged, UserError
-from drawplate.core.pack import decode, unpack
+from drawplate.core.pack import decode, empty_table, unpack
 from drawplate.edits import Edit, Packed, StandIn, placement, replace
 
 
@@ -38,9 +38,8 @@ class QuantizedTable(nn.Module):
         )
         zero = torch.empty(self.num_embeddings, groups, **small) if edit.zero else None
         self.register_buffer("zero", zero)
-        levels = torch.empty(2**self.bits, dtype=torch.float32, device=where["device"])
-        if edit.tables:
-            levels = levels.new_empty(self.num_embeddings, 2**self.bits, dtype=torch.float16)
+        tables = self.num_embeddings if edit.tables else None
+        levels = empty_table(self.bits, tables, edit.points, where["device"])
         self.register_buffer("levels", levels if edit.levels else None)
 
     def rows(self, index: Tensor | slice) -> Tensor:
@@ -93,6 +92,8 @@ class QuantizedEmbedding(Edit):
     """Whether a table of 2**bits levels is stored."""
     tables: bool = False
     """Whether each token has such a table of its own, in float16."""
+    points: PositiveInt | None = None
+    """As in `Quantized`."""
     head: str | None = None
     """Path of the output head that was tied to this table."""
 

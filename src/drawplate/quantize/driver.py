@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field, PositiveInt
@@ -18,15 +18,19 @@ from drawplate.core.hf import stored_bytes
 from drawplate.core.linalg import output_error, require_finite
 from drawplate.core.method import Frozen, OneOf, leaves
 from drawplate.core.progress import Watch, silent
+from drawplate.core.rotation import Rotation
+from drawplate.core.seeds import generator, seed_of
 from drawplate.core.stats import Stats
-from drawplate.edits.quantized import spec, tensors
+from drawplate.edits import _rotated
+from drawplate.edits.quantized import Quantized, spec, tensors
 from drawplate.edits.quantized_embedding import QuantizedEmbedding, is_tied
 from drawplate.edits.sparse import SparseLinear
-from drawplate.quantize.grid import Grid
+from drawplate.quantize.allocation import Allocation, Bits, Choice
+from drawplate.quantize.grid import Grid, neighbours
+from drawplate.quantize.rotate import Rotate
 from drawplate.quantize.round import Round, Rounded, learn
+from drawplate.quantize.sensitivity import perplexity, rise
 from drawplate.train.loop import fingerprint
-
-Bits = Literal[2, 3, 4, 8]
 
 _CHUNK = 2**26
 """Weights that are rounded together; rows are independent, so this bounds memory alone."""
@@ -40,18 +44,34 @@ class Quantize(Frozen):
     """What becomes of a model's weights; biases and norms stay as they are."""
 
     bits: Bits = 4
-    """Width of a code in the linear layers of the blocks."""
+    """Width of a code in the linear layers of the blocks; with a budget the allocation decides."""
     group: PositiveInt | None = 64
     """Neighbouring inputs that share a scale; null: a whole row."""
     grid: Annotated[Grid, OneOf()] = Field(default_factory=lambda: _leaf(Grid, "integer"))
     """The values that codes stand for."""
     round: Annotated[Round, OneOf()] = Field(default_factory=lambda: _leaf(Round, "gptq"))
     """How each weight's code is chosen."""
+    rotate: Annotated[Rotate, OneOf()] = Field(default_factory=lambda: _leaf(Rotate, "unchanged"))
+    """What a linear layer's weights are turned by before they are laid on the grid."""
+    seed: int = Field(0, ge=0)
+    """Of rotations and noise."""
+    allocation: Annotated[Allocation, OneOf()] = Field(
+        default_factory=lambda: _leaf(Allocation, "uniform")
+    )
+    """Which of the blocks' linear layers gets how many bits."""
+    budget: PositiveInt | None = None
+    """Stored bytes of the blocks' linear layers together, those that `overrides` names left out;
+    null: what they take at `bits`."""
     vocabulary: Bits | None = 8
     """Width of a code in the embedding table and the output head, be they tied or not; null: both
     stay as they are."""
     overrides: dict[str, Bits | None] = Field(default_factory=dict)
     """Path patterns (`*`, `?`) -> another width; null: stays as it is. The first match counts."""
+
+    @property
+    def allocates(self) -> bool:
+        """Whether layers may get other widths than `bits`."""
+        return self.budget is not None or self.allocation.measures
 
     def width(self, path: str, usual: Bits | None) -> Bits | None:
         """Bits of the module at `path`; None where it stays as it is."""
@@ -72,7 +92,7 @@ class Layer(Frozen):
     bytes_before: int
     """Stored bytes of the module as it was, its bias included."""
     bytes_after: int
-    """Stored bytes of its stand-in: codes, scales, zero points, levels, mask, bias."""
+    """Stored bytes of its stand-in: codes, scales, zero points, levels, mask, rotations, bias."""
 
 
 class Ledger(Frozen):
@@ -109,7 +129,8 @@ def quantize(
     for each model, tokens and params.
 
     Raises:
-        UserError: there is nothing to quantize, or an override matches nothing.
+        UserError: there is nothing to quantize, an override matches nothing, or a layer with a mask
+            would be rotated.
         NotFinite: a weight or an activation is NaN or infinite.
     """
     before, wide = stored_bytes(model), set(_wide(model))
@@ -122,6 +143,10 @@ def quantize(
             raise UserError(
                 f"quantize.overrides: {glob!r} matches no layer; they are named like {targets[0]}"
             )
+    usual = {table: params.vocabulary, head: params.vocabulary}
+    widths = {path: params.width(path, usual.get(path, params.bits)) for path in targets}
+    _refuse(model, params, {path: bits for path, bits in widths.items() if bits is not None})
+    chosen = _allocate(model, tokens, params, batch)
     if work is not None:
         work = work / _fingerprint(model, tokens, params)
     layers = []
@@ -134,7 +159,7 @@ def quantize(
         usual = params.bits if number >= 0 else head_bits
         together: dict[tuple[int, Bits], list[Site]] = {}
         for site in sites:
-            bits = params.width(site.path, usual)
+            bits = chosen.get(site.path) or params.width(site.path, usual)
             if bits is not None:
                 together.setdefault((id(site.stats), bits), []).append(site)
         solved = [_solve(model, some, bits, params) for (_, bits), some in together.items()]
@@ -143,7 +168,7 @@ def quantize(
     layers += walk(
         model,
         tokens,
-        params.round.needs | {"gram"},
+        params.round.needs | params.rotate.needs | {"gram"},
         visit,
         Layer,
         head=head_bits is not None,
@@ -160,6 +185,85 @@ def quantize(
         bytes_before=before,
         bytes_after=stored_bytes(model),
     )
+
+
+def _refuse(model: nn.Module, params: Quantize, widths: dict[str, Bits]) -> None:
+    """What cannot be kept is refused before any work.
+
+    A rotation mixes weights, so that zeros which a mask promised would not stay zeros. Points serve
+    neighbouring weights together, so that groups and masks must not part them.
+    """
+    used = {*widths.values(), *(params.allocation.widths if params.allocates else ())}
+    together = max((neighbours(params.grid.levels(bits)) for bits in used), default=1)
+    if params.group is not None and params.group % together:
+        raise UserError(
+            f"quantize.group: {params.group} parts neighbours that share a point of this grid; "
+            f"it has to be a multiple of {together}"
+        )
+    for path in widths if params.rotate.refills or together > 1 else ():
+        if isinstance(edits.submodule(model, path), SparseLinear):
+            why = (
+                f"rotating by {params.rotate.name} would refill the zeros of its mask"
+                if params.rotate.refills
+                else f"its mask parts neighbours that share a point of the grid {params.grid.name}"
+            )
+            raise UserError(
+                f"{path}: {why}; choose another for a pruned model, or leave the layer out by "
+                f"quantize.overrides: {{{path}: null}}"
+            )
+
+
+def _allocate(model: nn.Module, tokens: Tensor, params: Quantize, batch: int) -> dict[str, Bits]:
+    """Widths of the layers that no override names; empty where all get `bits`."""
+    if not params.allocates:
+        return {}
+    named = [
+        path
+        for path in edits.linears(model)
+        if not any(fnmatchcase(path, glob) for glob in params.overrides)
+    ]
+    choices, usual = profile(model, tokens, params, named, batch)
+    places = params.allocation.choose(choices, params.budget or usual)
+    return {
+        path: params.allocation.widths[place] for path, place in zip(named, places, strict=True)
+    }
+
+
+@torch.no_grad()
+def profile(
+    model: nn.Module, tokens: Tensor, params: Quantize, paths: list[str], batch: int = 8
+) -> tuple[list[Choice], int]:
+    """What each layer would be at each width, and the bytes that all take at `bits`.
+
+    Errors are those of rounding to inputs without correlation, which need no calibration; slopes
+    are measured on `tokens` [N, T].
+    """
+    widths = sorted({*params.allocation.widths, params.bits})
+    base = perplexity(model, tokens, batch) if params.allocation.measures else 0.0
+    choices, usual = [], 0
+    for path in paths:
+        module = edits.submodule(model, path)
+        inputs = edits.features(module)[1]
+        apart = Stats(1, torch.eye(inputs, device=edits.placement(module)["device"]))
+        rows = {
+            bits: _solve(model, [Site(path, module, apart)], bits, params).rows[0]
+            for bits in widths
+        }
+        some = [rows[bits] for bits in params.allocation.widths]
+
+        def rises(size: float, draw: int, path: str = path) -> float:
+            return rise(model, tokens, path, size, seed_of(params.seed, draw), base, batch)
+
+        choices.append(
+            Choice(
+                path,
+                tuple(row.bytes_after for row in some),
+                tuple(row.weight_error for row in some),
+                params.allocation.slope(rises),
+            )
+        )
+        usual += rows[params.bits].bytes_after
+    return choices, usual
 
 
 def _fingerprint(model: nn.Module, tokens: Tensor, params: Quantize) -> str:
@@ -198,7 +302,8 @@ def _rounded(
     weight: Tensor, levels: Tensor, stats: Stats, bits: int, params: Quantize, keep: Tensor | None
 ) -> Rounded:
     """Rounds `weight` [O, I] on `levels` some rows at a time."""
-    group, count = params.group or weight.shape[1], max(1, _CHUNK // weight.shape[1])
+    filled = weight.shape[1] + -weight.shape[1] % neighbours(levels)
+    group, count = params.group or filled, max(1, _CHUNK // weight.shape[1])
     some = [slice(start, start + count) for start in range(0, len(weight), count)]
     parts = [
         params.round.solve(
@@ -208,7 +313,7 @@ def _rounded(
             bits,
             group,
             None if keep is None else keep[rows],
-            levels if levels.ndim == 1 else levels[rows],
+            levels[rows] if levels.ndim == 2 else levels,
         )
         for rows in some
     ]
@@ -219,40 +324,49 @@ def _rounded(
         scale=torch.cat([part.scale for part in parts]),
         zero=torch.cat(zeros) if zeros else None,
         levels=levels,
+        keep=keep,
     )
 
 
 def _solve(model: nn.Module, sites: list[Site], bits: Bits, params: Quantize) -> Outcome[Layer]:
     """Rounds the layers of `sites`, which share their input, as one stack of rows."""
-    weights, masks = [], []
-    for site in sites:
-        weights.append(edits.matrix(site.module).float())
-        require_finite(f"{site.path}: its weight", weights[-1])
-        masks.append(site.module.keep() if isinstance(site.module, SparseLinear) else None)
+    plain, weights, masks, rotations = [], [], [], []
     stats, keep = sites[0].stats, None
+    for site in sites:
+        plain.append(edits.matrix(site.module).float())
+        require_finite(f"{site.path}: its weight", plain[-1])
+        rotations.append(_rotation(plain[-1], stats, params))
+        weights.append(rotations[-1].weight(plain[-1]))
+        masks.append(site.module.keep() if isinstance(site.module, SparseLinear) else None)
+    if len(sites) > 1 and rotations[0].stretch is not None:  # each layer has an input of its own
+        apart = [_solve(model, [site], bits, params) for site in sites]
+        return Outcome([c for o in apart for c in o.changes], [r for o in apart for r in o.rows])
+    turned = Stats(stats.count, rotations[0].gram(stats.gram)) if params.rotate.refills else stats
     if any(mask is not None for mask in masks):
         full = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
         keep = torch.cat([b if a is None else a for a, b in zip(masks, full, strict=True)])
     own_levels = [
-        _learned(weight, stats, bits, params, mask)
+        _learned(weight, turned, bits, params, mask)
         for weight, mask in zip(weights, masks, strict=True)
     ]
     table = own_levels[0]
     if any(other.ndim == 2 or not torch.equal(other, table) for other in own_levels):
         spread = [o.expand(len(w), -1) for o, w in zip(own_levels, weights, strict=True)]
         table = torch.cat(spread)
-    whole = _rounded(torch.cat(weights), table, stats, bits, params, keep)
+    whole = _rounded(torch.cat(weights), table, turned, bits, params, keep)
     earlier = {edit.module: edit for edit in edits.of(model)}
     changes: list[edits.Change] = []
     rows: list[Layer] = []
     start = 0
-    for site, weight, mask, table in zip(sites, weights, masks, own_levels, strict=True):
+    each = zip(sites, plain, masks, own_levels, rotations, strict=True)
+    for site, weight, mask, table, rotation in each:
         own = slice(start, start := start + len(weight))
         part = whole._replace(
             codes=whole.codes[own],
             scale=whole.scale[own],
             zero=None if whole.zero is None else whole.zero[own],
             levels=table,
+            keep=mask,
         )
         levels, scale = _levels(part), _fits(site.path, part.scale, site.module)
         edit = spec(
@@ -263,11 +377,26 @@ def _solve(model: nn.Module, sites: list[Site], bits: Bits, params: Quantize) ->
             part.group,
             part.zero is not None,
             levels is not None,
-            levels is not None and levels.ndim == 2,
+            tables=levels is not None and levels.ndim == 2,
+            points=_points(levels),
+            rotated=_rotated.sides(rotation),
         )
-        changes.append((edit, tensors(part.codes, scale, part.zero, levels, bits, mask)))
-        rows.append(_layer(edit, site.module, weight, part, stats))
+        filling = tensors(part.codes, scale, part.zero, levels, bits, mask)
+        if edit.rotated is not None:
+            filling = _rotated.tensors(rotation, filling)
+        changes.append((edit, filling))
+        rows.append(_layer(edit, site.module, weight, part, stats, rotation))
     return Outcome(changes, rows)
+
+
+def _rotation(weight: Tensor, stats: Stats, params: Quantize) -> Rotation:
+    """The turns of one layer; layers of equal width are turned alike."""
+    seeds = (
+        generator(params.seed, "rotate", side, width)
+        for side, width in (("outputs", len(weight)), ("inputs", weight.shape[1]))
+    )
+    outputs, inputs = seeds
+    return params.rotate.rotation(weight, stats, inputs, outputs)
 
 
 def _table(
@@ -292,6 +421,7 @@ def _table(
         zero=part.zero is not None,
         levels=levels is not None,
         tables=levels is not None and levels.ndim == 2,
+        points=_points(levels),
         head=head,
     )
     filled = tensors(part.codes, scale, part.zero, levels, bits)
@@ -300,13 +430,18 @@ def _table(
 
 
 def _layer(
-    edit: edits.Edit, old: nn.Module, weight: Tensor, part: Rounded, stats: Stats | None
+    edit: Quantized | QuantizedEmbedding,
+    old: nn.Module,
+    weight: Tensor,
+    part: Rounded,
+    stats: Stats | None,
+    rotation: Rotation = Rotation(),
 ) -> Layer:
     """The ledger's row for one module."""
-    difference, dense = (part.weight() - weight).double(), weight.double()
+    difference, dense = (rotation.dense(part.weight()) - weight).double(), weight.double()
     return Layer(
         path=edit.module,
-        bits=(part.levels.shape[-1] - 1).bit_length(),
+        bits=edit.bits,
         group=part.group,
         weight_error=_share(difference.square().sum(), dense.square().sum()),
         activation_error=None
@@ -323,11 +458,16 @@ def _share(error: Tensor, size: Tensor) -> float:
 
 
 def _levels(part: Rounded) -> Tensor | None:
-    """What must be stored: a table, one a row in float16, or None where a code is its own level."""
-    if part.levels.ndim == 2:
+    """What must be stored, in float16 but for a layer's own; None where a code is its own level."""
+    if part.levels.ndim > 1:
         return part.levels.half()
     plain = torch.arange(len(part.levels), device=part.levels.device)
     return None if torch.equal(part.levels, plain.to(part.levels)) else part.levels
+
+
+def _points(levels: Tensor | None) -> int | None:
+    """P of a table of points, which a spec names; None for any other."""
+    return neighbours(levels) if levels is not None and levels.ndim == 3 else None
 
 
 def _fits(path: str, scale: Tensor, old: nn.Module) -> Tensor:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from drawplate.quantize.grid import Grid, normal_quantiles
+from drawplate.quantize.grid import Grid, Span, normal_quantiles
 
 
 class Any4(Grid):
@@ -35,9 +35,9 @@ class Any4(Grid):
         half = 1 << (bits - 1)
         return torch.arange(-half, half, dtype=torch.float32) / (half - 0.5)
 
-    def step(self, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    def step(self, span: Span, bits: int) -> Tensor:
         """The largest magnitude, which goes to 1."""
-        return torch.maximum(-low, high)
+        return torch.maximum(-span.low, span.high)
 
     def learn(self, weight: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
         """Weights [O, G, N] -> tables [O, K], or the layer's [K]."""

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from drawplate.quantize.grid import Grid
+from drawplate.quantize.grid import Grid, Span
 
 
 class Integer(Grid):
@@ -28,9 +28,10 @@ class Integer(Grid):
         first = 0 if self.range == "asymmetric" else -(1 << (bits - 1))
         return torch.arange(first, first + (1 << bits), dtype=torch.float32)
 
-    def step(self, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    def step(self, span: Span, bits: int) -> Tensor:
         """(high - low) / (2^b - 1); a symmetric range is twice the largest magnitude wide."""
-        width = high - low if self.range == "asymmetric" else 2 * torch.maximum(-low, high)
+        whole = span.high - span.low
+        width = whole if self.range == "asymmetric" else 2 * torch.maximum(-span.low, span.high)
         return width / ((1 << bits) - 1)
 
     def zero(self, low: Tensor, scale: Tensor, bits: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from drawplate.quantize.grid import Grid, normal_quantiles
+from drawplate.quantize.grid import Grid, Span, normal_quantiles
 
 
 class Nf4(Grid):
@@ -26,6 +26,6 @@ class Nf4(Grid):
         """From -1 over 0 to 1."""
         return normal_quantiles(bits)
 
-    def step(self, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    def step(self, span: Span, bits: int) -> Tensor:
         """The largest magnitude, which goes to -1 or 1."""
-        return torch.maximum(-low, high)
+        return torch.maximum(-span.low, span.high)

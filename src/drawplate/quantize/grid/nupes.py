@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from drawplate.quantize.grid import Grid
+from drawplate.quantize.grid import Grid, Span
 
 
 class Nupes(Grid):
@@ -43,9 +43,9 @@ class Nupes(Grid):
         reach = (3 * value[-1] - value[-2]) / 2
         return (value * ((half - 0.5) / reach)).float()
 
-    def step(self, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    def step(self, span: Span, bits: int) -> Tensor:
         """The largest magnitude goes to 2^(b-1) - 1/2."""
-        return 2 * torch.maximum(-low, high) / ((1 << bits) - 1)
+        return 2 * torch.maximum(-span.low, span.high) / ((1 << bits) - 1)
 
     def learn(self, weight: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
         """Weights [O, G, N] -> the table of the exponent with the least loss, [K]."""

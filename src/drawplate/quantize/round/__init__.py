@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from drawplate.core.method import Method
 from drawplate.core.pack import decode
 from drawplate.core.stats import Stats
-from drawplate.quantize.grid import Grid
+from drawplate.quantize.grid import Grid, neighbours
 
 _CHUNK = 2**17
 """Weights that are fitted together: few enough to stay in a processor's cache."""
@@ -30,10 +30,16 @@ class Rounded(NamedTuple):
     levels: Tensor
     """[2**bits] float32, or [O, 2**bits]: a table for each row."""
     group: int
+    keep: Tensor | None = None
+    """Bool [O, I]: False where the weight is 0 whatever its code; None: nowhere."""
+    width: int | None = None
+    """I where codes fill up the last of the points, and so are more; None: codes are [O, I]."""
 
     def weight(self) -> Tensor:
         """The matrix that the codes stand for, float32 [O, I]."""
-        return decode(self.levels, self.codes, self.scale, self.zero, self.group)
+        dense = decode(self.levels, self.codes, self.scale, self.zero, self.group)
+        dense = dense[:, : self.width]
+        return dense if self.keep is None else dense * self.keep
 
 
 class Round(Method):
@@ -57,8 +63,21 @@ class Round(Method):
 
         The weight is float32 or float64, and the work is done in that. `group` inputs share a
         scale; where it does not divide I the last group is short. `levels` are what the grid
-        learned, [2**bits] or [O, 2**bits]; None: the grid's own.
+        learned, [2**bits] or [O, 2**bits]; None: the grid's own. Where a grid has points for P
+        neighbours P divides the group, and I is filled up to a multiple of P.
         """
+
+
+def whole(
+    weight: Tensor, stats: Stats, keep: Tensor | None, levels: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight, Gram matrix and mask with inputs filled up to whole points; what is added is zero."""
+    weight = weight if keep is None else weight * keep
+    missing = -weight.shape[1] % neighbours(levels)
+    if not missing:
+        return weight, stats.gram, keep
+    keep = None if keep is None else pad(keep, (0, missing))
+    return pad(weight, (0, missing)), pad(stats.gram, (0, missing, 0, missing)), keep
 
 
 def fit(

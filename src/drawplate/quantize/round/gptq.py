@@ -7,7 +7,9 @@ w_j + sum over i < j of e_i R_ij / R_jj. These are algorithm 1's numbers without
 (Chee et al. 2023, QuIP, arXiv 2307.13304, on LDLQ).
 Deviation: errors are handed on by halving the columns again and again, so that most updates
 are wide matrix products; a weight outside `keep` is 0 and its error is 0. Inputs that never
-fire are rounded like any other instead of being set to 0.
+fire are rounded like any other instead of being set to 0. Where a grid has points for several
+neighbours, these are rounded together to the nearest point, as in Tseng et al. 2024, QuIP#, arXiv
+2402.04396, section 4.
 Cost: O(I^3 + O I^2).
 """
 
@@ -19,8 +21,8 @@ from torch import Tensor
 
 from drawplate.core.linalg import cholesky
 from drawplate.core.stats import Stats
-from drawplate.quantize.grid import Grid
-from drawplate.quantize.round import Round, Rounded, fit
+from drawplate.quantize.grid import Grid, neighbours
+from drawplate.quantize.round import Round, Rounded, fit, whole
 
 
 class Gptq(Round):
@@ -53,27 +55,28 @@ class Gptq(Round):
             UserError: the Gram matrix is not a mean of x x^T.
             NotFinite: it holds NaN or infinity.
         """
-        weight = weight if keep is None else weight * keep
-        levels, width = (grid.levels(bits) if levels is None else levels), weight.shape[1]
+        levels, inputs = (grid.levels(bits) if levels is None else levels), weight.shape[1]
         levels = levels.to(weight.device)
-        table, energy = levels.to(weight), stats.gram.diagonal().to(weight)
-        natural = self.order == "natural"
-        order = torch.arange(width, device=weight.device)
+        weight, gram, filled = whole(weight, stats, keep, levels)
+        table, energy = levels.to(weight), gram.diagonal().to(weight)
+        natural, width, size = self.order == "natural", weight.shape[1], neighbours(levels)
+        order = torch.arange(width, device=weight.device).view(-1, size)
         if not natural:
-            order = energy.argsort(descending=True, stable=True)
+            order = order[energy.view(-1, size).sum(1).argsort(descending=True, stable=True)]
+        order = order.flatten()
         places = order.tolist()
 
-        lower, _ = cholesky(stats.gram[order][:, order].flip(0, 1), self.damping)
+        lower, _ = cholesky(gram[order][:, order].flip(0, 1), self.damping)
         root = lower.flip(0, 1)
         feedback = (root / root.diagonal()).to(weight)
         wanted = weight.T[order]
-        alive = None if keep is None else keep.T[order]
+        alive = None if filled is None else filled.T[order]
         current, error = wanted.clone(), torch.empty_like(wanted)
         codes = torch.empty_like(wanted, dtype=torch.uint8)
         scales: list[Tensor] = []
         zeros: list[Tensor | None] = []
         if not natural:
-            scale, zero = fit(grid, weight, bits, group, stats, levels)
+            scale, zero = fit(grid, weight, bits, group, Stats(stats.count, gram), levels)
             scales += scale.unbind(1)
             zeros += [None] * len(scales) if zero is None else zero.unbind(1)
 
@@ -81,25 +84,27 @@ class Gptq(Round):
             """Columns from `first` on, zero outside `keep`."""
             return part if alive is None else part * alive[first : first + len(part)]
 
-        def lay(first: int, last: int) -> None:
-            """Fits a group to the weights that would make up for all errors before it."""
+        def reached(first: int, last: int) -> Tensor:
+            """Columns as they would make up for all errors before the first of them."""
             within, due = feedback[first:last, first:last], current[first:last] - wanted[first:last]
             moved = torch.linalg.solve_triangular(within.T, due, upper=False, unitriangular=True)
-            reached = kept(wanted[first:last] + moved, first).T.contiguous()
-            scale, zero = grid.fit(reached, bits, energy[first:last], levels)
-            scales.append(scale)
-            zeros.append(zero)
+            return kept(wanted[first:last] + moved, first).T.contiguous()
 
         def sweep(first: int, last: int) -> None:
             """Rounds columns first to last - 1, which know all errors of the earlier ones."""
             if natural and first % group == 0 and last == min(first + group, width):
-                lay(first, last)
-            if last - first == 1:
+                scale, zero = grid.fit(reached(first, last), bits, energy[first:last], levels)
+                scales.append(scale)
+                zeros.append(zero)
+            if last - first == size:
                 scale, zero = scales[places[first] // group], zeros[places[first] // group]
-                codes[first] = grid.encode(kept(current[first:last], first)[0], table, scale, zero)
-                error[first] = wanted[first] - grid.decode(codes[first], table, scale, zero)
+                scale, zero = scale[:, None], None if zero is None else zero[:, None]
+                x = kept(current[first:last], first).T if size == 1 else reached(first, last)
+                code = grid.encode(x, table, scale, zero)
+                missed = wanted[first:last] - grid.decode(code, table, scale, zero).T
+                codes[first:last], error[first:last] = code.T, kept(missed, first)
                 return
-            half = (last - first + 1) // 2
+            half = -(-(last - first) // (2 * size)) * size
             middle = first + (half if last - first <= group else -(-half // group) * group)
             sweep(first, middle)
             back = feedback[first:middle, middle:last]
@@ -110,4 +115,5 @@ class Gptq(Round):
         inverse = order.argsort()
         scale = torch.stack(scales, 1)
         zero = None if zeros[0] is None else torch.stack([z for z in zeros if z is not None], 1)
-        return Rounded(codes[inverse].T.contiguous(), scale, zero, levels, group)
+        found = codes[inverse].T.contiguous()
+        return Rounded(found, scale, zero, levels, group, keep, inputs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from drawplate.core.pack import spread
 from drawplate.core.stats import Stats
 from drawplate.quantize.grid import Grid
-from drawplate.quantize.round import Round, Rounded, fit
+from drawplate.quantize.round import Round, Rounded, fit, whole
 
 
 class Nearest(Round):
@@ -32,10 +32,11 @@ class Nearest(Round):
         levels: Tensor | None = None,
     ) -> Rounded:
         """Weight [O, I] -> codes; groups are fitted to the weights that are kept."""
-        weight = weight if keep is None else weight * keep
-        levels, width = (grid.levels(bits) if levels is None else levels), weight.shape[1]
+        levels, inputs = (grid.levels(bits) if levels is None else levels), weight.shape[1]
         levels = levels.to(weight.device)
-        scale, zero = fit(grid, weight, bits, group, stats, levels)
+        weight, gram, _ = whole(weight, stats, keep, levels)
+        width = weight.shape[1]
+        scale, zero = fit(grid, weight, bits, group, Stats(stats.count, gram), levels)
         offset = None if zero is None else spread(zero, group, width)
         codes = grid.encode(weight, levels.to(weight), spread(scale, group, width), offset)
-        return Rounded(codes, scale, zero, levels, group)
+        return Rounded(codes, scale, zero, levels, group, keep, inputs)

@@ -39,7 +39,8 @@ def reference(weight, gram, bits, group, keep, grid, grid_fields, damping=0.01, 
                 lay(g)
             x = float(w[q]) if alive[q] else 0.0
             code[q] = grid.encode(x, *fitted[g], bits, **grid_fields)
-            value[q] = grid.decode(code[q], *fitted[g], bits, **grid_fields)
+            if alive[q]:
+                value[q] = grid.decode(code[q], *fitted[g], bits, **grid_fields)
             w -= (w[q] - value[q]) / inverse[q, q] * inverse[:, q]
             inverse = inverse - np.outer(inverse[:, q], inverse[q, :]) / inverse[q, q]
             inverse[q, q] = 1.0  # out of play: its row and column are zero, and so stay

@@ -18,6 +18,9 @@ def reference(weight, gram, bits, group, keep, grid, grid_fields):
         scales.append([scale for scale, _ in fitted])
         zeros.append([zero for _, zero in fitted])
         decoded.append(
-            [grid.decode(c, *fitted[i // group], bits, **grid_fields) for i, c in enumerate(line)]
+            [
+                grid.decode(c, *fitted[i // group], bits, **grid_fields) if alive[i] else 0.0
+                for i, c in enumerate(line)
+            ]
         )
     return codes, scales, zeros, decoded

@@ -1,0 +1,194 @@
+"""The rehearsal of a small configuration, its refusals, and less of every kind of source."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from drawplate.core.errors import Exhausted, UserError
+from drawplate.data.source.docstrings import Docstrings
+from drawplate.data.source.hub import Hub
+from drawplate.data.source.jsonl import Jsonl
+from drawplate.data.source.parquet import Parquet
+from drawplate.data.source.text import Text
+from drawplate.forecast.machine import Limits
+from drawplate.settings import read
+from flows.preflight import FORECAST, compared, forecast, preflight
+from flows.rehearse import _left, _some, folder_size
+from stages.quiet import guarded
+
+ENOUGH = Limits(memory=10**13, disk=10**13)
+PARAMS = """
+execution: {threads: 1, tracking: false}
+prepare:
+  sources: [{name: text, files: "texts/*.txt"}]
+  heldout_text: 0.2
+  tasks: [{name: chain_sum, min_terms: 2, max_terms: 2}]
+  train_problems: 60
+  heldout_problems: 8
+  vocabulary: 320
+pretrain:
+  model: {hidden: 16, layers: 3, heads: 2, kv_heads: 2, feed_forward: 16, context: 128}
+  batch: 4
+  length: 64
+  training: {steps: 40, save_every: 10}
+compress:
+  ratio: 0.1
+  calibration: {rows: 8, length: 32}
+  recover: {rows: 4, length: 64, training: {steps: 20}}
+quantize: {calibration: {rows: 8, length: 32}, vocabulary: 8, group: 8}
+finetune:
+  steps: 4
+  prompts: 2
+  samples: 2
+  length: {name: constant, tokens: 8}
+evaluate: {problems: 4, samples: 2, passes: [1], max_new: 8, batch_size: 4, probe: null}
+"""
+_COLUMNS = ("told", "found", "off")
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "red", "green", "blue", "dark"]
+
+
+def words(draw, count):
+    return " ".join(draw.choice(WORDS) for _ in range(count))
+
+
+@pytest.fixture
+def project(tmp_path):
+    draw = random.Random(0)
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        text = "\n".join(words(draw, 12) for _ in range(8))
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    return tmp_path
+
+
+def test_two_stages_are_rehearsed_and_the_forecast_is_kept(project):
+    tree = read(project / "params.yaml")
+    needs = forecast(project, tree, ["pretrain"], ENOUGH)
+    assert list(needs) == ["pretrain"]
+    need = needs["pretrain"]
+    # 320 x 16 + 3 (4 x 16^2 + 3 x 16^2 + 2 x 16) + 16 weights, and a few small files beside them.
+    weights = 4 * (320 * 16 + 3 * (7 * 16**2 + 32) + 16)
+    assert weights < need.disk < weights + 80_000
+    assert 100e6 < need.memory < 2e9
+    # Weights and Adam's or Muon's numbers in three generations of checkpoints.
+    assert need.work > 3 * weights
+    assert need.seconds > 0
+    kept = json.loads((project / FORECAST).read_text())
+    assert kept["pretrain"]["disk"] == need.disk
+    assert [path.name for path in (project / FORECAST).parent.iterdir()] == [FORECAST.name]
+    assert sorted(path.name for path in project.iterdir()) == [".drawplate", "params.yaml", "texts"]
+
+
+def test_a_model_that_cannot_fit_is_refused_before_the_rehearsal(project):
+    tree = read(project / "params.yaml")
+    small = Limits(memory=50_000, disk=10**12)
+    with pytest.raises(Exhausted, match=r"are free; make pretrain\.model smaller") as caught:
+        forecast(project, tree, (), small)
+    assert "\n" not in str(caught.value)
+    assert guarded(lambda: forecast(project, tree, (), small)) == 4
+    assert not (project / FORECAST).exists()
+
+
+def test_wrong_words_are_refused_at_once(project):
+    with pytest.raises(UserError, match="no stage 'pretrian'"):
+        preflight(project, ["pretrian"])
+    with pytest.raises(UserError, match=r"pretrain\.batch"):
+        preflight(project, ["pretrain"], ["pretrain.batch=0"])
+
+
+def test_the_comparison_reads_records_and_folders(project):
+    assert compared(project) is None
+    (project / ".drawplate").mkdir()
+    need = {"memory": 2e9, "seconds": 10.0, "disk": 1000.0}
+    (project / FORECAST).write_text(json.dumps({"pretrain": need, "compress": need}))
+    (project / "lineage").mkdir()
+    out = project / "models" / "base" / "inside"
+    out.mkdir(parents=True)
+    (out / "data").write_bytes(bytes(500))
+    record = {"output": "models/base", "peak_memory": 10**9, "seconds": 20.0}
+    (project / "lineage" / "pretrain.json").write_text(json.dumps(record))
+    head, first, second = compared(project).splitlines()
+    columns = [f"{what} {told}" for what in ("memory", "time", "disk") for told in _COLUMNS]
+    assert " ".join(head.split()) == " ".join(columns)
+    assert [part for part in first.split() if part.endswith("%")] == ["+100%", "-50%", "+100%"]
+    assert second.split().count("-") == 6
+
+
+def lines(source):
+    return [record.text for record in source.read(10_000)]
+
+
+def test_less_is_read_of_every_kind_of_source(tmp_path):
+    draw = random.Random(1)
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(20):
+        (many / f"{number:02d}.txt").write_text(words(draw, 20))
+    source = Text(files=f"{many}/*.txt")
+    less = _some(source, 5, tmp_path / "a")
+    assert lines(less) == lines(source)[::5]
+    assert _some(source, 1, tmp_path / "none") is source
+
+    rows = [json.dumps({"text": words(draw, 20)}) for _ in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    source = Jsonl(files=str(tmp_path / "rows.jsonl"))
+    found = lines(_some(source, 4, tmp_path / "b"))
+    assert found == lines(source)[: len(found)]
+    assert 20 <= len(found) <= 30
+    assert _left(source, 4) == (tmp_path / "rows.jsonl").stat().st_size / 4
+
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as out:
+        out.write("".join(f"{row}\n" for row in rows))
+    source = Jsonl(files=str(tmp_path / "rows.jsonl.gz"))
+    found = lines(_some(source, 4, tmp_path / "c"))
+    assert found == lines(source)[: len(found)]
+    assert found
+
+    import pyarrow as arrow
+    from pyarrow.parquet import write_table
+
+    write_table(arrow.table({"text": [f"row {n}" for n in range(80)]}), tmp_path / "rows.parquet")
+    source = Parquet(files=str(tmp_path / "rows.parquet"))
+    assert lines(_some(source, 8, tmp_path / "d")) == [f"row {n}" for n in range(10)]
+
+    source = Docstrings(packages=("click",))
+    files = {record.file for record in source.read(10**6)}
+    fewer = {record.file for record in _some(source, 4, tmp_path / "e").read(10**6)}
+    assert fewer < files
+    assert 0 < _left(source, 4) < _left(source, 1)
+
+    assert _some(Hub(split="train"), 10, tmp_path / "f").split == "train[:10%]"
+    assert _some(Hub(split="train[:50]"), 10, tmp_path / "g").split == "train[:50]"
+
+
+@pytest.mark.slow
+def test_all_stages_are_rehearsed_and_the_disk_is_forecast_closely(project, monkeypatch):
+    """The whole chain, refused where the disk is small, then run and compared."""
+    from importlib import import_module
+
+    from stages.run import names, settings_for
+
+    tree = read(project / "params.yaml")
+    monkeypatch.chdir(project)
+    needs = forecast(project, tree, (), ENOUGH)
+    assert list(needs) == list(names())
+    outs = {
+        "prepare": ("corpus", {}),
+        "pretrain": ("base", {"corpus": "corpus"}),
+        "compress": ("small", {"model": "base", "corpus": "corpus"}),
+        "quantize": ("packed", {"model": "small", "corpus": "corpus"}),
+        "finetune": ("tuned", {"model": "packed", "corpus": "corpus"}),
+        "evaluate": ("report", {"model": ["base", "small", "packed", "tuned"], "corpus": "corpus"}),
+    }
+    for name, (out, inputs) in outs.items():
+        stage = getattr(import_module(f"stages.{name}"), name)
+        params, execution = settings_for(stage, Path("params.yaml"), (), ())
+        record = Path("lineage") / f"{name}.json"
+        stage(params, stage.inputs(**inputs), Path(out), record=record, execution=execution)
+        assert json.loads(record.read_text())["peak_memory"] > 1e8
+        assert needs[name].disk == pytest.approx(folder_size(Path(out)), rel=0.15)
+    assert len(compared(project).splitlines()) == 7

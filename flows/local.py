@@ -21,6 +21,7 @@ _COLUMNS = (
     ("bytes", "stored_bytes", "{:,.0f}"),
     ("MACs/token", "macs", "{:,.0f}"),
     ("tokens/s", "decode_tokens_per_second", "{:,.0f}"),
+    ("healthy", "healthy", "{:.0f}"),
 )
 
 
@@ -37,7 +38,10 @@ def run_pipeline(
     if done.code != 0:
         return _exit_code(done.tail)
     if all(status == "unchanged" for status in done.statuses.values()):
+        from flows.sync import ship
+
         print("Nothing to do: every stage is up to date.")
+        ship(root)
     else:
         from flows.sync import sync
 
@@ -91,19 +95,10 @@ def _lay(document: Any, tree: Any) -> None:
 
 def summary(root: Path) -> str:
     """The table of all models, and where everything is."""
-    file = root / "metrics" / "evaluate.json"
-    if not file.exists():
+    rows = figures_table(root)
+    if not rows:
+        file = root / "metrics" / "evaluate.json"
         return f"{file} does not exist yet: run the pipeline first."
-    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    models = list(
-        dict.fromkeys(key.split(".")[0] for key in figures if key.endswith(".stored_bytes"))
-    )
-    rows = [["", *(title for title, _, _ in _COLUMNS)]]
-    for model in models:
-        cells = ((form, figures.get(f"{model}.{key}")) for _, key, form in _COLUMNS)
-        rows.append(
-            [model, *("-" if value is None else form.format(value) for form, value in cells)]
-        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     table = "\n".join(
         "  ".join(
@@ -122,6 +117,24 @@ def summary(root: Path) -> str:
             "runs      make ui, then http://127.0.0.1:5000",
         ]
     )
+
+
+def figures_table(root: Path) -> list[list[str]]:
+    """Titles, then a row a model; nothing before there was an evaluation."""
+    file = root / "metrics" / "evaluate.json"
+    if not file.exists():
+        return []
+    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    models = list(
+        dict.fromkeys(key.split(".")[0] for key in figures if key.endswith(".stored_bytes"))
+    )
+    rows = [["", *(title for title, _, _ in _COLUMNS)]]
+    for model in models:
+        cells = ((form, figures.get(f"{model}.{key}")) for _, key, form in _COLUMNS)
+        rows.append(
+            [model, *("-" if value is None else form.format(value) for form, value in cells)]
+        )
+    return rows
 
 
 if __name__ == "__main__":

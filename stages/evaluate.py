@@ -17,6 +17,7 @@ from drawplate.evaluate.driver import evaluate as measure
 from drawplate.evaluate.page import Story
 from drawplate.evaluate.report import write
 from drawplate.evaluate.results import Evaluate
+from drawplate.evaluate.rival import FILES
 from stages.problems import problems
 from stages.run import Run, Stage, device_of, main
 
@@ -33,7 +34,7 @@ class Inputs(Frozen):
 
 
 class Report(Frozen):
-    """All figures by name: `model.figure` and `child.vs_parent.metric.figure`."""
+    """Figures by name: `model.figure` and `child.vs_parent.metric.figure`; files hold the rest."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float]
@@ -42,6 +43,7 @@ class Report(Frozen):
 def body(params: Evaluate, inputs: Inputs, run: Run) -> Report:
     """Measures, compares and writes the report."""
     corpus = Corpus(inputs.corpus)
+    progress = run.part("evaluate")
     told = json.loads((inputs.corpus / "report.json").read_bytes())
     evaluation = measure(
         related(inputs.model),
@@ -50,12 +52,11 @@ def body(params: Evaluate, inputs: Inputs, run: Run) -> Report:
         params,
         baselines={name: told[f"{name}_bits_per_byte"] for name in ("gzip", "bigram")},
         device=str(device_of(run)),
-        watch=run.part("evaluate"),
+        watch=lambda step, total, _: progress(step, total, {}),  # the report has the figures
     )
     write(evaluation, story(inputs.model), run.folder)
-    run.artifacts += ["index.html", "metrics.json", "report.json"]
-    report = evaluation.report
-    return Report(**report.metrics(), **report.machine_metrics())
+    run.artifacts += ["index.html", "metrics.json", "machine.json", "frontier.csv", *FILES]
+    return Report(**evaluation.report.headlines())
 
 
 def related(folders: Sequence[Path]) -> list[Model]:

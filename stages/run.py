@@ -23,9 +23,10 @@ from pydantic import Field, model_validator
 from drawplate.core.errors import DrawplateError, Exhausted, UserError
 from drawplate.core.method import Frozen
 from drawplate.core.progress import Watch
+from drawplate.data.engine import Engine, Here
 from drawplate.train.distributed import ALONE, World
+from stages.journal import Facts, Tracker, flat
 from stages.quiet import guarded, interruptible, quiet_environment
-from stages.tracking import Facts, Tracker, flat
 
 STATE = ".drawplate"
 P = TypeVar("P", bound=Frozen)
@@ -48,6 +49,8 @@ class Execution(Frozen):
     """Whether pretrain splits the weights over its processes (FSDP2); else each holds them all."""
     restarts: int = Field(default=3, ge=0)
     """How often processes start again from their last checkpoint when one of them was lost."""
+    engine: Engine = Here()
+    """What carries out the parts in which prepare reads its sources."""
     device: str = "cpu"
     """Where tensors live: cpu, cuda, cuda:1, ..."""
     tracking: bool = True
@@ -200,13 +203,14 @@ class Stage(Generic[P, I, R]):
         )
         trail = lineage.trace(node, folders)
         key = hashlib.sha256(trail.node.model_dump_json().encode()).hexdigest()[:16]
-        state = out.resolve().parent / STATE
+        beside = out.resolve().parent / STATE
+        state = Path(os.environ.get("DRAWPLATE_STATE") or beside).resolve()
         work = state / f"{self.name}-{key}"
         if not world.first:
             with suppress(Left):
                 self.body(params, inputs, Run(work, work, execution, self.name, world=world))
             return None
-        with _only_one(state / f"{out.name}.lock", out):
+        with _only_one(beside / f"{out.name}.lock", out), _only_one(work.with_suffix(".lock"), out):
             work.mkdir(parents=True, exist_ok=True)
             tracker = _tracker(self.name, trail, out, work) if execution.tracking else None
             started = time.time()
@@ -271,6 +275,8 @@ def _was_stopped(error: BaseException) -> bool:
 def _record(
     stage: str, out: Path, digest: str, run_id: str | None, started: float, seconds: float
 ) -> dict[str, Any]:
+    from drawplate.forecast import peak_memory
+
     return {
         "stage": stage,
         "output": out.as_posix(),
@@ -281,6 +287,7 @@ def _record(
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "started": started,
         "seconds": round(seconds, 3),
+        "peak_memory": peak_memory(),
     }
 
 
@@ -321,10 +328,13 @@ def _tracker(stage: str, trail: Any, out: Path, work: Path) -> Tracker:
         inputs=trail.node.parents,
         output=out.as_posix(),
         tags={
-            "git.commit": _git("rev-parse", "HEAD"),
+            "mlflow.source.name": f"stages.{stage}",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
             "drawplate.folder": str(out.resolve()),
-            **_dvc_tags(stage),
-            **{f"environment.{k}": v for k, v in trail.node.environment.items()},
+            "drawplate.environment": ", ".join(
+                f"{key} {value}" for key, value in trail.node.environment.items()
+            ),
         },
         execution=execution_id(),
     )
@@ -347,18 +357,6 @@ def execution_id() -> str:
     except OSError:
         born = "0"
     return f"group-{group}-{born}"
-
-
-def _dvc_tags(stage: str) -> dict[str, str]:
-    """DVC's hashes of this stage's inputs, where DVC started it."""
-    lock = Path("dvc.lock")
-    if os.environ.get("DVC_STAGE") != stage or not lock.exists():
-        return {}
-    from drawplate.settings import parse
-
-    stages: dict[str, Any] = (parse(lock.read_text(), "dvc.lock") or {}).get("stages", {})
-    made = {out["path"]: out["md5"] for entry in stages.values() for out in entry.get("outs", [])}
-    return {f"dvc.dep.{path}": md5 for path, md5 in made.items()}
 
 
 @contextmanager

@@ -1,39 +1,34 @@
-"""MLflow: one run a stage under one run an execution, fed from a thread of its own.
+"""MLflow's side: what a journal says becomes one run a stage under one run an execution.
 
-The stage never waits for MLflow: points go into a queue, a worker thread imports MLflow, opens the
-run and sends batches. Every point also stands in the work folder's series, so a server that is away
-costs nothing but its view of this run, and that is said.
+Whatever is sent may be sent again: a run is found by its journal's name, a point by its time and
+step, a model by its hash. So a sender that was stopped anywhere, or got no answer, starts over at
+what it last noted, and nothing is lost or doubled.
+
+This module is also the sender's program, so it imports nothing heavy before it must.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
-import queue
-import threading
+import select
+import shutil
+import signal
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from drawplate.core.method import Frozen
 from stages.quiet import quiet_environment
 
 EXPERIMENT = "drawplate"
+LOG, FILES, SENT, RUN, PROBLEM = "log.jsonl", "files", "sent", "run", "problem"
+UNSENT = "unsent"
+"""Folder beside the work folders that keeps journals which could not be sent."""
 _BATCH = 1000  # MLflow's limit of metrics in one call
-
-
-class Facts(Frozen):
-    """What a stage's run says about itself from the start."""
-
-    stage: str
-    params: dict[str, Any]
-    inputs: dict[str, str]
-    """Role -> content hash."""
-    output: str
-    """Path of the folder that is being made, as the user wrote it."""
-    tags: dict[str, str]
-    execution: str
-    """Id of the pipeline execution that this stage belongs to."""
+_PAUSE = 2.0
 
 
 def uri() -> str:
@@ -42,15 +37,20 @@ def uri() -> str:
 
 
 def client() -> Any:
-    """A client of the tracking store."""
+    """A client of the tracking store and of its model registry; it gives up within seconds."""
     quiet_environment()
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import logging
 
-    from mlflow import MlflowClient
+    import mlflow
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri())
+    mlflow.set_tracking_uri(uri())
+    mlflow.set_registry_uri(uri())
+    return mlflow.MlflowClient(tracking_uri=uri(), registry_uri=uri())
 
 
 def experiment(store: Any) -> str:
@@ -61,186 +61,35 @@ def experiment(store: Any) -> str:
     found = store.get_experiment_by_name(name)
     if found is None:
         where = None if uri().startswith("http") else (Path.cwd() / "mlartifacts").as_uri()
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # which pages it has
         try:
-            return str(store.create_experiment(name, artifact_location=where))
+            return str(store.create_experiment(name, artifact_location=where, tags=kind))
         except MlflowException:  # another stage made it at the same moment
             found = store.get_experiment_by_name(name)
+            if found is None:
+                raise
     return str(found.experiment_id)
 
 
-class Tracker(threading.Thread):
-    """The worker thread of one stage run."""
-
-    def __init__(self, facts: Facts, work: Path):
-        super().__init__(name="mlflow", daemon=True)
-        self.facts = facts
-        self.note = work / "mlflow-run"
-        self.points: queue.SimpleQueue[tuple[str, float, int, int] | None] = queue.SimpleQueue()
-        self.run_id: str | None = None
-        self.model_id: str | None = None
-        self.problem: BaseException | None = None
-        self.outcome: dict[str, Any] = {}
-        self.sent = 0
-
-    def point(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queues the figures of one step."""
-        now = time.time_ns() // 1_000_000
-        for key, value in metrics.items():
-            self.points.put((key, float(value), now, step))
-
-    def finish(
-        self,
-        status: str,
-        *,
-        metrics: Mapping[str, float],
-        tags: Mapping[str, str],
-        artifacts: list[Path],
-        timeout: float = 120,
-    ) -> None:
-        """Sends what is left, closes the run, and waits for that. `status` is MLflow's word."""
-        self.outcome = {"status": status, "metrics": metrics, "tags": tags, "artifacts": artifacts}
-        self.points.put(None)
-        if self.is_alive():
-            self.join(timeout)
-            if self.is_alive():
-                self.problem = TimeoutError(f"no answer within {timeout:.0f} s")
-
-    def run(self) -> None:
-        """The thread's body; a problem ends tracking, not the stage, and is kept to be reported."""
-        try:
-            store = client()
-            self._open(store)
-            while self._send(store):
-                pass
-            self._close(store)
-        except Exception as error:
-            self.problem = error
-
-    def _open(self, store: Any) -> None:
-        from mlflow.entities import Param, RunTag
-
-        facts = self.facts
-        where = experiment(store)
-        parent = execution_run(store, where, facts.execution)
-        earlier = self.note.read_text() if self.note.exists() else None
-        if earlier:
-            self.run_id = earlier
-            store.update_run(earlier, status="RUNNING")
-            self.known = {
-                key: max(point.step for point in store.get_metric_history(earlier, key))
-                for key in store.get_run(earlier).data.metrics
-            }
-        else:
-            self.known = {}
-            tags = facts.tags | {"mlflow.parentRunId": parent, "drawplate.stage": facts.stage}
-            run = store.create_run(where, run_name=facts.stage, tags=tags)
-            self.run_id = str(run.info.run_id)
-            self.note.write_text(self.run_id)
-            params = [Param(key, str(value)[:6000]) for key, value in flat(facts.params).items()]
-            inputs = [RunTag(f"drawplate.input.{k}", v) for k, v in facts.inputs.items()]
-            for start in range(0, len(params), 100):
-                store.log_batch(self.run_id, params=params[start : start + 100])
-            store.log_batch(self.run_id, tags=inputs)
-            self._log_inputs(store, where)
-        store.set_tag(parent, f"stage.{facts.stage}.run_id", self.run_id)
-        store.set_tag(parent, f"stage.{facts.stage}.status", "running")
-        self.parent = parent
-
-    def _log_inputs(self, store: Any, where: str) -> None:
-        """Inputs as datasets with digests, and the parent's logged model, linked both ways."""
-        from mlflow.data.code_dataset_source import CodeDatasetSource
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag, LoggedModelInput
-
-        datasets, models = [], []
-        for role, digest in self.facts.inputs.items():
-            source = CodeDatasetSource({"drawplate.hash": digest})
-            dataset = MetaDataset(source, name=role, digest=digest[:36])
-            context = [InputTag("mlflow.data.context", role)]
-            datasets.append(DatasetInput(dataset._to_mlflow_entity(), context))
-            producer = producer_of(store, where, digest)
-            if producer is not None:
-                store.set_tag(self.run_id, f"drawplate.parent.{role}", producer.info.run_id)
-                store.set_tag(
-                    producer.info.run_id, f"drawplate.child.{self.facts.stage}", self.run_id
-                )
-                model = producer.data.tags.get("drawplate.model_id")
-                models += [LoggedModelInput(model)] if model else []
-        store.log_inputs(self.run_id, datasets=datasets, models=models)
-
-    def _send(self, store: Any) -> bool:
-        """Waits for points and sends them as one batch; False when the stage is over."""
-        from mlflow.entities import Metric
-
-        batch = [self.points.get()]
-        deadline = time.monotonic() + 2
-        while batch[-1] is not None and len(batch) < _BATCH:
-            try:
-                batch.append(self.points.get(timeout=max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                break
-        metrics = [
-            Metric(*point) for point in batch if point and point[3] > self.known.get(point[0], -1)
-        ]
-        if metrics:
-            store.log_batch(self.run_id, metrics=metrics)
-            self.sent += len(metrics)
-        return batch[-1] is not None
-
-    def _close(self, store: Any) -> None:
-        from mlflow.entities import Metric, RunTag
-
-        outcome, now = self.outcome, time.time_ns() // 1_000_000
-        finals = [Metric(f"final.{k}", float(v), now, 0) for k, v in outcome["metrics"].items()]
-        for start in range(0, len(finals), _BATCH):
-            store.log_batch(self.run_id, metrics=finals[start : start + _BATCH])
-        store.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in outcome["tags"].items()])
-        for path in outcome["artifacts"]:
-            store.log_artifact(self.run_id, str(path))
-        if outcome["status"] == "FINISHED" and outcome["tags"].get("drawplate.kind") == "model":
-            self._log_model(store, outcome)
-        store.set_terminated(self.run_id, outcome["status"])
-        store.set_tag(self.parent, f"stage.{self.facts.stage}.status", outcome["status"].lower())
-        store.set_terminated(self.parent, outcome["status"])
-        self.note.unlink(missing_ok=True)
-
-    def _log_model(self, store: Any, outcome: Mapping[str, Any]) -> None:
-        """The checkpoint as a logged model: a pointer with its hash, not a copy of the weights."""
-        import mlflow
-        from mlflow.entities import LoggedModelOutput
-
-        mlflow.set_tracking_uri(uri())
-        model = mlflow.create_external_model(
-            name=self.facts.stage,
-            source_run_id=self.run_id,
-            model_type="drawplate",
-            tags={"drawplate.hash": outcome["tags"]["drawplate.output"]},
-        )
-        self.model_id = str(model.model_id)
-        store.log_outputs(self.run_id, [LoggedModelOutput(self.model_id, step=0)])
-        store.set_tag(self.run_id, "drawplate.model_id", self.model_id)
-        for key, value in outcome["metrics"].items():
-            store.log_metric(self.run_id, f"model.{key}", float(value), model_id=self.model_id)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values -> dotted keys; lists are kept whole."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        where = f"{prefix}{key}"
-        found |= flat(value, f"{where}.") if isinstance(value, Mapping) else {where: value}
-    return found
-
-
 def execution_run(store: Any, where: str, execution: str) -> str:
-    """Id of the run that stands for a whole execution, opened again or made."""
-    found = store.search_runs([where], f"tags.`drawplate.execution` = '{execution}'", max_results=1)
-    if found:
-        run_id = str(found[0].info.run_id)
-        store.update_run(run_id, status="RUNNING")
-        return run_id
-    tags = {"drawplate.execution": execution}
-    return str(store.create_run(where, run_name="pipeline", tags=tags).info.run_id)
+    """Id of the run that stands for a whole execution, made where it is not there."""
+    wanted = f"tags.`drawplate.execution` = '{execution}'"
+
+    def first() -> str | None:
+        order = ["attributes.start_time", "attributes.run_id"]
+        found = store.search_runs([where], wanted, order_by=order, max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    known = first()
+    if known is not None:
+        return known
+    made = store.create_run(
+        where, run_name=f"pipeline {execution}", tags={"drawplate.execution": execution}
+    )
+    chosen = first() or str(made.info.run_id)
+    if chosen != made.info.run_id:  # another stage made one at the same moment
+        store.delete_run(made.info.run_id)
+    return chosen
 
 
 def producer_of(store: Any, where: str, digest: str) -> Any:
@@ -252,3 +101,317 @@ def producer_of(store: Any, where: str, digest: str) -> Any:
         max_results=1,
     )
     return found[0] if found else None
+
+
+def link_producers(store: Any, where: str, run: str) -> None:
+    """Links a stage's run, both ways, with the known ones that made what it read."""
+    tags = store.get_run(run).data.tags
+    for key, digest in tags.items():
+        role = key.removeprefix("drawplate.input.")
+        producer = producer_of(store, where, digest) if role != key else None
+        if producer is not None:
+            store.set_tag(run, f"drawplate.parent.{role}", producer.info.run_id)
+            store.set_tag(producer.info.run_id, f"drawplate.child.{tags['drawplate.stage']}", run)
+
+
+def model_of(store: Any, where: str, digest: str) -> Any:
+    """The logged model with this content hash, or None."""
+    found = store.search_logged_models(
+        [where],
+        f"tags.`drawplate.hash` = '{digest}'",
+        order_by=[{"field_name": "creation_timestamp", "ascending": True}],
+    )
+    return next((each for each in found if str(each.status) == "READY"), None)
+
+
+def log_model(
+    store: Any, where: str, run: str, name: str, digest: str, params: Mapping[str, str]
+) -> Any:
+    """A checkpoint as a logged model: a pointer with its hash, not a copy of the weights.
+
+    A model is what it holds: one that was made before is the same, and is linked to `run` too.
+    """
+    import mlflow
+    from mlflow.entities import LoggedModelOutput
+
+    made = model_of(store, where, digest)
+    if made is None:
+        made = mlflow.create_external_model(
+            name=name,
+            source_run_id=run,
+            experiment_id=where,
+            model_type="drawplate",
+            params=dict(params),
+            tags={"drawplate.hash": digest},
+        )
+    known = store.get_run(run).outputs
+    if made.model_id not in {each.model_id for each in (known.model_outputs if known else ())}:
+        store.log_outputs(run, [LoggedModelOutput(made.model_id, step=0)])
+    store.set_tag(run, "drawplate.model_id", made.model_id)
+    return made
+
+
+def texts(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested parameters -> dotted keys and short texts."""
+    found: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            found |= texts(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value)[:5000]
+    return found
+
+
+def log_params(store: Any, run: str, params: Mapping[str, str]) -> None:
+    """Sends parameters in the portions that MLflow takes."""
+    from mlflow.entities import Param
+
+    every = [Param(key, value) for key, value in params.items()]
+    for start in range(0, len(every), 100):
+        store.log_batch(run, params=every[start : start + 100])
+
+
+def log_metrics(store: Any, run: str, metrics: list[Any]) -> None:
+    """Sends metrics in the portions that MLflow takes."""
+    for start in range(0, len(metrics), _BATCH):
+        store.log_batch(run, metrics=metrics[start : start + _BATCH])
+
+
+def rows(log: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole lines of a journal behind byte `start`, each with the byte where it ends."""
+    with log.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            yield json.loads(line), start
+
+
+class Sender:
+    """Brings the store up to what a journal says; the caller holds the journal."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        sent = folder / SENT
+        self._sent = int(sent.read_text()) if sent.exists() else 0
+        self._facts: dict[str, Any] = {}
+        self._name = ""
+        self._store: Any = None
+        self._where = self._parent = self._run = ""
+        self.closed = False
+        """Whether the last line that was sent closes the run."""
+        for row, end in rows(folder / LOG, 0):
+            if end > self._sent:
+                break
+            self._note(row)
+
+    def send(self) -> None:
+        """Sends what is new in the journal."""
+        from mlflow.entities import Metric
+
+        if self._store is None:
+            store = client()
+            self._where = experiment(store)
+            self._store = store
+            if self._facts:
+                self._find()
+        batch: list[Any] = []
+        end = self._sent
+        for row, behind in rows(self.folder / LOG, self._sent):
+            points = row.get("points", {})
+            if batch and (not points or len(batch) + len(points) > _BATCH):
+                log_metrics(self._store, self._run, batch)
+                self._sent_to(end)
+                batch = []
+            batch += [Metric(key, value, row["time"], row["step"]) for key, value in points.items()]
+            end = behind
+            self._note(row)
+            if not points:
+                self._open(row) if "open" in row else self._close(row)
+                self._sent_to(end)
+        if batch:
+            log_metrics(self._store, self._run, batch)
+            self._sent_to(end)
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        if "open" in row:
+            self._facts, self._name = row["open"], row["name"]
+        self.closed = "close" in row
+
+    def _sent_to(self, end: int) -> None:
+        self._sent = end
+        _put(self.folder / SENT, str(end))
+
+    def _find(self) -> None:
+        """The runs of the journal and of its execution, where an earlier sender made them."""
+        self._parent = execution_run(self._store, self._where, self._facts["execution"])
+        found = self._store.search_runs(
+            [self._where], f"tags.`drawplate.journal` = '{self._name}'", max_results=1
+        )
+        self._run = str(found[0].info.run_id) if found else ""
+
+    def _open(self, row: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        store, facts = self._store, self._facts
+        self._find()
+        tags = facts["tags"] | {
+            "mlflow.parentRunId": self._parent,
+            "drawplate.stage": facts["stage"],
+            "drawplate.journal": self._name,
+            **{f"drawplate.input.{role}": digest for role, digest in facts["inputs"].items()},
+        }
+        if self._run:
+            store.log_batch(self._run, tags=[RunTag(key, value) for key, value in tags.items()])
+            store.update_run(self._run, status="RUNNING")
+        else:
+            made = store.create_run(
+                self._where, start_time=row["time"], run_name=facts["stage"], tags=tags
+            )
+            self._run = str(made.info.run_id)
+        log_params(store, self._run, texts(facts["params"]))
+        self._inputs()
+        store.set_tag(self._parent, f"stage.{facts['stage']}.run_id", self._run)
+        store.set_tag(self._parent, f"stage.{facts['stage']}.status", "running")
+        store.update_run(self._parent, status="RUNNING")
+        _put(self.folder / RUN, self._run)
+
+    def _inputs(self) -> None:
+        """Inputs as datasets with digests, and their logged models, linked both ways."""
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.entities import DatasetInput, InputTag, LoggedModelInput
+
+        store, datasets, models = self._store, [], []
+        for role, digest in self._facts["inputs"].items():
+            source = CodeDatasetSource({"drawplate.hash": digest})
+            dataset = MetaDataset(source, name=role, digest=digest[:36])
+            context = [InputTag("mlflow.data.context", role)]
+            datasets.append(DatasetInput(dataset._to_mlflow_entity(), context))
+            model = model_of(store, self._where, digest)
+            models += [LoggedModelInput(model.model_id)] if model else []
+        store.log_inputs(self._run, datasets=datasets, models=models)
+        link_producers(store, self._where, self._run)
+
+    def _close(self, row: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        from stages.notes import stage_note
+
+        outcome, store, facts = row["close"], self._store, self._facts
+        tags, metrics, now = outcome["tags"], outcome["metrics"], row["time"]
+        model = None
+        if tags.get("drawplate.kind") == "model":
+            name, params = Path(facts["output"]).name, texts(facts["params"])
+            digest = tags["drawplate.output"]
+            model = log_model(store, self._where, self._run, name, digest, params).model_id
+        finals = [Metric(f"final.{k}", v, now, 0, model_id=model) for k, v in metrics.items()]
+        log_metrics(store, self._run, finals)
+        store.log_batch(self._run, tags=[RunTag(key, value) for key, value in tags.items()])
+        for path in sorted((self.folder / FILES).glob("*")):
+            store.log_artifact(self._run, str(path))
+        if tags.get("drawplate.kind") == "report":
+            from stages.champion import evaluated
+
+            evaluated(store, self._where, self._run, facts, metrics, self.folder / FILES, now)
+        status = outcome["status"]
+        store.set_tag(self._run, "mlflow.note.content", stage_note(store, self._where, self._run))
+        store.set_terminated(self._run, status, now)
+        store.set_tag(self._parent, f"stage.{facts['stage']}.status", status.lower())
+        parent = store.get_run(self._parent).info
+        ended = max(now, parent.start_time, parent.end_time or 0)
+        store.set_terminated(self._parent, status, ended)
+
+
+def close_as_killed(folder: Path) -> None:
+    """Where the stage was ended before it could close its journal: closes it."""
+    *_, (last, end) = ({"close": None}, 0), *rows(folder / LOG, 0)
+    if "close" not in last:
+        os.truncate(folder / LOG, end)
+        outcome = {"status": "KILLED", "metrics": {}, "tags": {"drawplate.error": "killed"}}
+        with (folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"close": outcome, "time": last["time"]}) + "\n")
+
+
+def journals(*roots: Path) -> list[Path]:
+    """Journals of ended stages under projects or state folders, the oldest first."""
+    found = {
+        log.parent
+        for root in roots
+        for state in (root, root / ".drawplate", *root.glob("*/.drawplate"))
+        for log in (*state.glob(f"{UNSENT}/*/{LOG}"), *state.glob(f"*/journal/{LOG}"))
+    }
+    return sorted(
+        found, key=lambda folder: next(rows(folder / LOG, 0), ({"time": 0}, 0))[0]["time"]
+    )
+
+
+def drain(*roots: Path) -> dict[Path, str]:
+    """Sends what earlier stages could not send; returns what is still unsent, and why.
+
+    A journal that a stage is writing is left to its own sender.
+    """
+    kept: dict[Path, str] = {}
+    for folder in journals(*roots):
+        with (folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            close_as_killed(folder)
+            try:
+                Sender(folder).send()
+            except Exception as error:  # of any kind: the journal is kept, and the reason told
+                kept[folder] = told(error)
+                continue
+            if folder.parent.name == UNSENT:
+                shutil.rmtree(folder)
+    return kept
+
+
+def told(error: BaseException) -> str:
+    """An error's first line, with its kind."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _put(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def main(folder: Path) -> int:
+    """Sends a journal while a stage writes it; 0 when everything, its close too, has arrived.
+
+    The stage holds the other end of standard input. It writes there how long to go on trying, and
+    the end of input, which a killed stage leaves too, says that nothing more will come.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # the stage decides when this process ends
+        signal.signal(number, signal.SIG_IGN)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sender: Sender | None = None
+        give_up: float | None = None
+        while True:
+            try:
+                sender = sender or Sender(folder)
+                sender.send()
+            except Exception as error:  # the next round tries again; the last one is reported
+                _put(folder / PROBLEM, told(error))
+            else:
+                if give_up is not None and sender.closed:
+                    return 0
+            if give_up is None:
+                if select.select([sys.stdin], [], [], _PAUSE)[0]:
+                    give_up = time.monotonic() + float(sys.stdin.read() or 3)
+                    close_as_killed(folder)
+            elif time.monotonic() > give_up:
+                return 75
+            else:
+                time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

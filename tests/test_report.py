@@ -188,7 +188,7 @@ def test_files_beside_the_page(written, evaluation):
     names = {str(path.relative_to(written)) for path in written.rglob("*") if path.is_file()}
     assert names == {
         "index.html", "metrics.json", "machine.json", "report.json", "frontier.csv", "tasks.csv",
-        "comparisons.csv", "lengths.csv", "documents.csv", "responses.jsonl",
+        "comparisons.csv", "lengths.csv", "problems.csv", "documents.csv", "responses.jsonl",
         "curves/pretrain.csv", "curves/recover.csv",
     }  # fmt: skip
     report = evaluation.report
@@ -245,7 +245,12 @@ def test_formulas_do_not_reach_a_spreadsheet(tmp_path, evaluation, monkeypatch):
 
 def test_a_single_model_without_a_story_makes_a_page(evaluation):
     report = evaluation.report.model_copy(
-        update={"rows": evaluation.report.rows[:1], "pairs": (), "baselines": {}}
+        update={
+            "rows": evaluation.report.rows[:1],
+            "checkups": evaluation.report.checkups[:1],
+            "pairs": (),
+            "baselines": {},
+        }
     )
     only = {"base": evaluation.drawn["base"]}
     html = page(replace(evaluation, report=report, drawn=only), Story())

@@ -26,6 +26,7 @@ from drawplate.core.progress import Watch, silent
 from drawplate.edits import materialized
 from drawplate.evaluate.compare import Comparison, compare_flips, compare_ratios, holm
 from drawplate.evaluate.cost import Cost, macs, measure, stored_bytes
+from drawplate.evaluate.health import examine
 from drawplate.evaluate.interval import Chance, bootstrap
 from drawplate.evaluate.quality import Divergence, Documents, Loss, loss, loss_and_divergence
 from drawplate.evaluate.results import Evaluate, Pair, Quality, Report, Row
@@ -147,10 +148,15 @@ def evaluate(
         figures = {f"{name}.{key}": value for key, value in rows[-1].figures().items()}
         watch(number + 1, len(models), figures)
     probe = params.probe
+    versus = {pair.child: pair.comparisons for pair in pairs}
     report = Report(
         params=params,
         rows=tuple(rows),
         pairs=_adjusted(pairs),
+        checkups=tuple(
+            examine(name, one.drawn, versus.get(name, ()), params.health)
+            for name, one in found.items()
+        ),
         baselines=dict(baselines or {}),
         machine={one.name: measure(one.folder, probe, device) for one in models} if probe else {},
     )

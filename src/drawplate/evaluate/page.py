@@ -81,6 +81,7 @@ def page(evaluation: Evaluation, story: Story) -> str:
         "pairs": report.pairs,
         "params": params,
         "machine": report.machine,
+        "checkups": report.checkups,
         "verdicts": {
             pair.child: {one.metric: one for one in pair.comparisons} for pair in report.pairs
         },
@@ -110,6 +111,7 @@ def page(evaluation: Evaluation, story: Story) -> str:
         for key, name, there in (
             ("summary", "Summary", True),
             ("verdicts", "Verdicts", report.pairs),
+            ("health", "Health", True),
             ("size", "Size", True),
             ("text", "Text", True),
             ("problems", "Problems", True),

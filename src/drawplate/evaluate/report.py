@@ -8,6 +8,7 @@ frontier.csv        a row for each model: size, cost, quality
 tasks.csv           a row for each model and kind of problem
 comparisons.csv     a row for each verdict
 lengths.csv         a row for each model and stretch of lengths: shares of answers
+problems.csv        a row for each held-out problem: who solved it, and at what length
 documents.csv       a row for each held-out document: bytes, tokens, bits by model
 responses.jsonl     a line for each answer
 curves/STAGE.csv    the metric series of a training run
@@ -48,6 +49,7 @@ def write(evaluation: Evaluation, story: Story, folder: Path) -> None:
     _table(folder / "tasks.csv", _tasks(report))
     _table(folder / "comparisons.csv", _comparisons(report))
     _table(folder / "lengths.csv", _lengths(evaluation))
+    _table(folder / "problems.csv", _problems(evaluation))
     _table(folder / "documents.csv", _documents(evaluation))
     with (folder / "responses.jsonl").open("w", encoding="ascii", newline="\n") as file:
         file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in _responses(evaluation))
@@ -116,6 +118,17 @@ def _lengths(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
         edges = np.linspace(0, limit, len(right) + 1).tolist()
         for i, (r, w) in enumerate(zip(right.tolist(), wrong.tolist(), strict=True)):
             yield {"model": name, "from": edges[i], "to": edges[i + 1], "correct": r, "wrong": w}
+
+
+def _problems(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    for i, problem in enumerate(evaluation.problems):
+        found: dict[str, Any] = {"problem": i, "id": problem["id"], "task": problem["task"]}
+        for name, drawn in evaluation.drawn.items():
+            found[f"{name}.greedy"] = int(evaluation.greedy[name].correct[i, 0])
+            found[f"{name}.solved"] = int(drawn.correct[i].sum())
+            found[f"{name}.tokens"] = int(drawn.lengths[i].sum())
+            found[f"{name}.cut"] = int((~drawn.finished[i]).sum())
+        yield found
 
 
 def _documents(evaluation: Evaluation) -> Iterator[dict[str, Any]]:

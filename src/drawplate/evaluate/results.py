@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 from drawplate.core.method import Frozen, OneOf
 from drawplate.evaluate.compare import Comparison
 from drawplate.evaluate.cost import Cost, Machine, Probe
+from drawplate.evaluate.health import Checkup, Health
 from drawplate.evaluate.interval import Chance, Interval
 from drawplate.evaluate.quality import Windows
 from drawplate.evaluate.tasks import TaskScores
@@ -40,6 +41,8 @@ class Evaluate(Frozen):
     """Of the drawing."""
     chance: Chance = Chance()
     """How intervals are made."""
+    health: Health = Health()
+    """What answers may suffer from in a model that is fit to be shown."""
     probe: Probe | None = Probe()
     """How memory and speed are measured; null leaves them out."""
 
@@ -108,6 +111,8 @@ class Report(Frozen):
     params: Evaluate
     rows: tuple[Row, ...]
     pairs: tuple[Pair, ...]
+    checkups: tuple[Checkup, ...]
+    """Whether each model's answers are fit to be shown, in the order of `rows`."""
     baselines: dict[str, float]
     """Bits per byte of other ways to predict the same text."""
     machine: dict[str, Machine]
@@ -116,11 +121,15 @@ class Report(Frozen):
     def metrics(self) -> dict[str, float]:
         """Flat figures `model.figure`; of a pair `child.vs_parent.metric.figure`, parent by name.
 
-        A verdict is 1 for better, -1 for worse, 0 for within noise.
+        A verdict is 1 for better, -1 for worse, 0 for within noise; `healthy` is 1 or 0.
         """
         found = {f"baseline.{name}.bits_per_byte": value for name, value in self.baselines.items()}
         for row in self.rows:
             found |= {f"{row.name}.{key}": value for key, value in row.figures().items()}
+        for each in self.checkups:
+            found[f"{each.name}.empty"] = each.empty
+            found[f"{each.name}.looping"] = each.looping
+            found[f"{each.name}.healthy"] = float(each.healthy)
         signs = {"better": 1.0, "worse": -1.0, "within noise": 0.0}
         for pair in self.pairs:
             for one in pair.comparisons:
@@ -130,6 +139,19 @@ class Report(Frozen):
                 found[f"{name}.adjusted_p"] = one.adjusted
                 found[f"{name}.verdict"] = signs[one.verdict]
         return found
+
+    def headlines(self) -> dict[str, float]:
+        """The figures that a table of many runs has room for.
+
+        Of a model all but interval ends, kinds of problem and restatements of its loss; of a pair
+        the differences and verdicts.
+        """
+        dropped = ("_low", "_high", ".p", ".adjusted_p", ".nats_per_token", ".perplexity")
+        return {
+            name: value
+            for name, value in (self.metrics() | self.machine_metrics()).items()
+            if ".task." not in name and not name.endswith((*dropped, ".problems", ".threads"))
+        }
 
     def machine_metrics(self) -> dict[str, float]:
         """Flat figures of memory and speed, which differ from run to run."""

@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DO_NOT_TRACK = true
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: run test test-all check format docs ui flow clean
+.PHONY: run test test-all check format docs ui flow server worker deploy clean
 
 run: $(VENV)/installed        ## bring all six stages up to date and print what came of it
 	@$(BIN)/python -m flows.local
@@ -35,6 +35,15 @@ ui: $(VENV)/installed         ## MLflow on http://127.0.0.1:5000
 
 flow: $(VENV)/installed       ## the same pipeline as a Prefect flow
 	@$(BIN)/python -m flows.pipeline
+
+server: $(VENV)/installed     ## Prefect and MLflow on 127.0.0.1, with a password: see docs/workers.md
+	@$(BIN)/python -m flows.services server
+
+worker: $(VENV)/installed     ## take runs from a pool: make worker POOL=gpu GPU=0
+	@$(BIN)/python -m flows.services worker $(or $(POOL),cpu) --gpu $(or $(GPU),0)
+
+deploy: $(VENV)/installed     ## tell the server about pools, deployments, schedules
+	@$(BIN)/python -m flows.services deploy
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "drawplate needs Python 3.11 or newer, this is " + sys.version.split()[0])'

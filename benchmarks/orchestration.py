@@ -1,10 +1,18 @@
-"""What scheduling and logging cost: a pipeline with nothing to do, and a stage with MLflow.
+"""What scheduling and logging cost, and what a pipeline of runs survives.
 
-    python benchmarks/orchestration.py [--rounds 5] [--steps 150]
+    python benchmarks/orchestration.py [--only NAME ...] [--rounds 5] [--steps 150] [--queued 200]
 
-Runs a short pipeline once in a clone of its own; then, `--rounds` times, `dvc repro` and
-`drawplate run` on it as it is, and pretraining with and without tracking, taking turns. Seconds are
-those of a clock. Writes `benchmarks/results/orchestration.json`.
+Four parts, all of them unless `--only` names some:
+
+- `tracking`: a short pipeline in a clone of its own; then, `--rounds` times, `dvc repro` and
+  `drawplate run` on it as it is, and pretraining with and without tracking, taking turns.
+- `stages`: what a stage of one second costs besides that second: through DVC alone, through the
+  flow in place, through a worker; computed and from the run cache.
+- `queue`: `--queued` stages on two workers with two slots: how many are lost, how many doubled.
+- `kill`: seconds from SIGKILL of a worker until its stage runs again on another.
+
+Seconds are those of a clock. Writes `benchmarks/results/orchestration.json`, and what it prints to
+`orchestration.txt`; parts that were not run keep their earlier figures.
 """
 
 from __future__ import annotations
@@ -18,9 +26,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from default_run import ROOT, machine
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from workers_cases import Farm, until
 
 SHORT = [
     "prepare.train_problems=2000",
@@ -30,13 +44,18 @@ SHORT = [
     "evaluate.documents=10",
     "evaluate.problems=30",
 ]
+RESULTS = ROOT / "benchmarks/results"
 
 
-def seconds(command: list[str], home: Path) -> float:
+def seconds(command: list[str], home: Path, **more: str) -> float:
     """How long `command` takes in `home`, which has to succeed."""
-    environment = {**os.environ, "PYTHONPATH": f"{home}{os.pathsep}{home / 'src'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{home}{os.pathsep}{home / 'src'}", **more}
     started = time.perf_counter()
-    subprocess.run(command, cwd=home, check=True, capture_output=True, env=environment)
+    done = subprocess.run(
+        command, cwd=home, capture_output=True, env=environment, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
     return time.perf_counter() - started
 
 
@@ -52,45 +71,201 @@ def pretrain(home: Path, steps: int, tracking: bool) -> float:
     return float(json.loads((home / "trial/record.json").read_text())["seconds"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150)
-    given = parser.parse_args()
+def tracking(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     run = [sys.executable, "-m", "flows.cli", "run"]
     found: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder) / "drawplate"
-        subprocess.run(["git", "clone", "--quiet", ROOT, home], check=True)
-        first = seconds([*run, *(part for change in SHORT for part in ("-S", change))], home)
-        for _ in range(given.rounds):
-            for name, once in {
-                "dvc repro, nothing to do": lambda: seconds(["dvc", "repro"], home),
-                "drawplate run, nothing to do": lambda: seconds(run, home),
-                "pretrain, untracked": lambda: pretrain(home, given.steps, False),
-                "pretrain, tracked": lambda: pretrain(home, given.steps, True),
-            }.items():
-                found.setdefault(name, []).append(once())
+    home = folder / "drawplate"
+    subprocess.run(["git", "clone", "--quiet", ROOT, home], check=True)
+    first = seconds([*run, *(part for change in SHORT for part in ("-S", change))], home)
+    for _ in range(given.rounds):
+        for name, once in {
+            "dvc repro, nothing to do": lambda: seconds(["dvc", "repro"], home),
+            "drawplate run, nothing to do": lambda: seconds(run, home),
+            "pretrain, untracked": lambda: pretrain(home, given.steps, False),
+            "pretrain, tracked": lambda: pretrain(home, given.steps, True),
+        }.items():
+            found.setdefault(name, []).append(once())
     pairs = zip(found["pretrain, tracked"], found["pretrain, untracked"], strict=True)
     overhead = [tracked / untracked - 1 for tracked, untracked in pairs]
-    print("| what | seconds, median (least to most) |", "|---|---|", sep="\n")
-    for name, values in found.items():
-        print(
-            f"| {name} | {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) |"
-        )
-    middle, low, high = statistics.median(overhead), min(overhead), max(overhead)
-    print(f"| share of tracking | {middle:+.1%} ({low:+.1%} to {high:+.1%}) |")
-    record = {
-        **machine(),
-        "rounds": given.rounds,
-        "steps": given.steps,
-        "first": first,
-        "seconds": found,
-        "overhead": overhead,
+    return {"first": first, "seconds": found, "overhead": overhead, "steps": given.steps}
+
+
+def stages(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    found: dict[str, list[float]] = {}
+    with Farm(folder / "farm") as farm:
+        server = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
+        alone = {key: text for key, text in farm.environment.items() if key not in server}
+        dvc = [sys.executable, "-m", "dvc", "repro", "--single-item", "prepare"]
+        flow = [sys.executable, "-m", "flows.pipeline", "prepare"]
+        farm.server()
+        farm.deploy()
+        farm.worker("c1", "cpu")
+        for turn in range(given.rounds):
+            # The first seed of each way comes back from the run cache.
+            kinds = [("computed", turn)] + [("from the run cache", 0)] * (turn > 0)
+            for kind, number in kinds:
+                for way, command, base in (("DVC alone", dvc, 1000), ("in place", flow, 2000)):
+                    branch = farm.branch(f"{way[0]}{turn}{kind[0]}", prepare_seed=base + number)
+                    params = subprocess.run(
+                        ["git", "show", f"{branch}:params.yaml"],
+                        cwd=farm.project,
+                        check=True,
+                        capture_output=True,
+                    ).stdout
+                    (farm.project / "params.yaml").write_bytes(params)
+                    took = seconds(command, farm.project, **alone)
+                    found.setdefault(f"{way}, {kind}", []).append(took)
+                branch = farm.branch(f"w{turn}{kind[0]}", prepare_seed=3000 + number)
+                run = farm.ask(name=branch, targets=["prepare"], revision=branch)
+                assert farm.wait(run).is_completed()
+                child = farm.children("prepare")[-1]
+                whole = (child.end_time - child.expected_start_time).total_seconds()
+                found.setdefault(f"on a worker, {kind}", []).append(whole)
+                inside = child.total_run_time.total_seconds()
+                found.setdefault(f"on a worker, {kind}, within the flow", []).append(inside)
+        starts, ends = farm.facts("start"), farm.facts("end")
+        work = [end["time"] - start["time"] for start, end in zip(starts, ends, strict=True)]
+    return {"seconds": found, "work": work}
+
+
+def queue(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from flows.handover import begin
+    from flows.workspace import workspace
+
+    with Farm(folder / "farm") as farm:
+        farm.server()
+        farm.deploy(slots=2)
+        refs = []
+        with workspace(str(farm.project)) as place:
+            text = (place.root / "params.yaml").read_text()
+            start = text.index("prepare:")
+            for number in range(given.queued):
+                changed = text[start:].replace("seed: 0", f"seed: {number + 100}", 1)
+                (place.root / "params.yaml").write_text(text[:start] + changed)
+                refs.append(begin(place, f"queued-{number}"))
+        with farm.client() as client:
+            deployment = client.read_deployment_by_name("stage/cpu")
+            runs = [
+                client.create_flow_run_from_deployment(
+                    deployment.id, parameters={"request": {"stage": "prepare", "ref": ref}}
+                ).id
+                for ref in refs
+            ]
+        started = time.perf_counter()
+        for name in ("c1", "c2"):
+            farm.worker(name, "cpu")
+
+        def finished() -> bool:
+            return len(farm.facts("end")) >= given.queued and all(
+                run.state.is_final() for run in farm.children()
+            )
+
+        deadline = time.monotonic() + given.limit
+        while not finished() and time.monotonic() < deadline:
+            time.sleep(5)
+        took = time.perf_counter() - started
+        states = Counter(str(farm.state(run).type.value) for run in runs)
+        counted = Counter(fact["value"] for fact in farm.facts("end"))
+        shared = Counter(fact["worker"] for fact in farm.facts("end"))
+        locked = (farm.folder / "server.out").read_text().count("database is locked")
+    return {
+        "queued": given.queued,
+        "states": dict(states),
+        "lost": given.queued - states["COMPLETED"],
+        "doubled": sum(count - 1 for count in counted.values()),
+        "by worker": dict(shared),
+        "seconds": took,
+        "database is locked": locked,
     }
-    out = ROOT / "benchmarks/results/orchestration.json"
+
+
+def kill(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    waits, done = [], []
+    with Farm(folder / "farm") as farm:
+        farm.server()
+        farm.deploy()
+        farm.worker("c1", "cpu")
+        farm.worker("g0", "gpu")
+        for turn in range(given.kills):
+            farm.worker(f"g{turn + 1}", "gpu")
+            branch = farm.branch(f"kill-{turn}", finetune_seed=turn + 1, finetune_steps=100)
+            run = farm.ask(name=branch, targets=["finetune"], revision=branch)
+
+            def begun(seed: int = turn + 1) -> list[dict[str, Any]]:
+                return [f for f in farm.facts() if (f["stage"], f["value"]) == ("finetune", seed)]
+
+            (fact,) = until(begun, what="finetune begins")
+            time.sleep(3)
+            killed = time.time()
+            farm.kill(fact["worker"])
+            again = until(lambda: begun()[1:], what="finetune goes on")[0]
+            waits.append(again["time"] - killed)
+            done.append(int(again["what"].split()[-1]))
+            assert farm.wait(run).is_completed()
+    return {"seconds": waits, "steps kept": done}
+
+
+PARTS = {"tracking": tracking, "stages": stages, "queue": queue, "kill": kill}
+
+
+def shown(record: dict[str, Any]) -> str:
+    def row(name: str, values: list[float]) -> str:
+        middle = statistics.median(values)
+        return f"| {name} | {middle:.2f} ({min(values):.2f} to {max(values):.2f}; {len(values)}) |"
+
+    lines = ["| what | seconds, median (least to most; rounds) |", "|---|---|"]
+    for part in ("tracking", "stages"):
+        for name, values in record.get(part, {}).get("seconds", {}).items():
+            lines.append(row(name, values))
+    if "kill" in record:
+        lines.append(
+            row("SIGKILL of a worker until its stage runs again", record["kill"]["seconds"])
+        )
+    if "stages" in record:
+        lines.append(
+            row("work of the stage itself, within each `computed`", record["stages"]["work"])
+        )
+    if "tracking" in record:
+        share = record["tracking"]["overhead"]
+        middle, low, high = statistics.median(share), min(share), max(share)
+        lines.append(f"| share of tracking | {middle:+.1%} ({low:+.1%} to {high:+.1%}) |")
+    if "queue" in record:
+        q = record["queue"]
+        lines.append(
+            f"| {q['queued']} queued stages, 2 workers | lost {q['lost']}, doubled {q['doubled']}, "
+            f"{q['seconds']:.0f} s, 'database is locked' {q['database is locked']} times |"
+        )
+    lines += [
+        "",
+        "The machine was shared with other jobs: load at the end of each part "
+        + ", ".join(
+            f"{k} {v['load']:.1f}" for k, v in record.items() if isinstance(v, dict) and "load" in v
+        )
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--queued", type=int, default=200)
+    parser.add_argument("--limit", type=float, default=3600, help="Most seconds for the queue.")
+    parser.add_argument("--kills", type=int, default=3)
+    given = parser.parse_args()
+    out = RESULTS / "orchestration.json"
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    record = json.loads(out.read_text()) if out.exists() else {}
+    for part in given.only or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            found = PARTS[part](given, Path(folder))
+        record |= machine() | {part: found | {"load": os.getloadavg()[0]}}
+        out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    text = shown(record)
+    print(text)
+    out.with_suffix(".txt").write_text(f"{text}\n")
 
 
 if __name__ == "__main__":

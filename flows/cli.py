@@ -6,12 +6,13 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 
 from stages.quiet import guarded, quiet_environment
 
-_STAGES = {
+STAGES = {
     "prepare": "Text and reasoning problems -> tokens, tokenizer, task sets.",
     "pretrain": "Corpus -> a decoder trained from scratch, or `adopt: FOLDER`.",
     "compress": "A model -> fewer stored bytes by factors or sparsity, then recovery.",
@@ -26,20 +27,20 @@ class Commands(click.Group):
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Stages in pipeline order, then the rest."""
-        return [*_STAGES, *sorted(set(self.commands) - set(_STAGES))]
+        return [*STAGES, *sorted(set(self.commands) - set(STAGES))]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """A command of this module, or a stage's."""
-        if name not in _STAGES:
+        if name not in STAGES:
             return super().get_command(context, name)
         from stages.run import command
 
-        return command(getattr(import_module(f"stages.{name}"), name), _STAGES[name])
+        return command(getattr(import_module(f"stages.{name}"), name), STAGES[name])
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists commands without importing the stages."""
         rows = [
-            (name, _STAGES.get(name) or self._short(name)) for name in self.list_commands(context)
+            (name, STAGES.get(name) or self._short(name)) for name in self.list_commands(context)
         ]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -78,6 +79,69 @@ def run(stages: tuple[str, ...], changes: tuple[str, ...], names: tuple[str, ...
     from flows.local import run_pipeline
 
     sys.exit(run_pipeline(Path.cwd(), stages, changes, names))
+
+
+@cli.command()
+@click.argument("targets", nargs=-1)
+@click.option(
+    "-S",
+    "parameters",
+    multiple=True,
+    required=True,
+    metavar="KEY=VALUES",
+    help="0.2,0.4 or 2..4 or 0.1..0.5 or 1e-4..1e-2:log; once for each key.",
+)
+@click.option("--study", type=click.IntRange(1), help="Trials of a search; else every combination.")
+@click.option("--seed", default=0, show_default=True, help="Of the search.")
+@click.option("--goal", "goals", multiple=True, metavar="[FILE:]METRIC:max|min")
+@click.option("--keep", multiple=True, metavar="[FILE:]METRIC<=NUMBER", help="A bound, or >=.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Side by side.")
+@click.option(
+    "--engine",
+    type=click.Choice(["processes", "dask"]),
+    default="processes",
+    show_default=True,
+)
+def sweep(**request: Any) -> None:
+    """Run many settings, each as a DVC experiment, and show which no other beats.
+
+    \b
+    Examples:
+      drawplate sweep -S compress.ratio=0.2,0.4 -S quantize.bits=2,3,4 --jobs 2
+      drawplate sweep -S compress.ratio=0.1..0.5 --study 20 --keep 'tuned.stored_bytes<=2e6'
+    """
+    from flows.sweep.run import main
+
+    sys.exit(main(request, Path.cwd()))
+
+
+@cli.command()
+@click.argument("stages", nargs=-1)
+@click.option("-S", "changes", multiple=True, metavar="KEY=VALUE", help="Instead of params.yaml's.")
+@click.option("--preset", "names", multiple=True, help="Settings of a paper, such as rl/dler.")
+@click.option("--after", is_flag=True, help="Compare the last forecast with what happened.")
+def preflight(
+    stages: tuple[str, ...], changes: tuple[str, ...], names: tuple[str, ...], after: bool
+) -> None:
+    """Forecast memory, time and disk of a run; refuse what does not fit (exit code 4).
+
+    \b
+    Examples:
+      drawplate preflight pretrain -S pretrain.model.layers=12
+      drawplate preflight --after
+    """
+    from drawplate.core.errors import UserError
+    from flows.preflight import compared, preflight
+
+    if not after:
+        click.echo(preflight(Path.cwd(), stages, changes, names))
+        return
+    if stages or changes or names:
+        raise UserError("preflight --after compares the last forecast as it is: leave out the rest")
+    found = compared(Path.cwd())
+    if found is None:
+        raise UserError("no forecast yet: run `drawplate preflight` before the pipeline")
+    click.echo(found)
 
 
 @cli.command()
@@ -165,17 +229,28 @@ def _folder_of_run(run_id: str) -> Path:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-def verify(folder: Path) -> None:
-    """Compare every byte of an artifact with its manifest.
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option("--repair", is_flag=True, help="Replace what is damaged by whole copies.")
+def verify(folder: Path | None, repair: bool) -> None:
+    """Compare every byte of a FOLDER with its manifest, or of this project with dvc.lock.
+
+    Without FOLDER: all that dvc.lock names, in the checkout, DVC's cache and its remote.
 
     \b
-    Example:
+    Examples:
       drawplate verify models/tuned
+      drawplate verify --repair
     """
     from drawplate.core.artifact import verify as compare
     from drawplate.core.errors import UserError
 
+    if folder is None:
+        from flows.verify import verify_project
+
+        verify_project(Path.cwd(), repair)
+        return
+    if repair:
+        raise UserError("--repair is for the whole project: call it without a folder")
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist or is not a folder")
     manifest = compare(folder)

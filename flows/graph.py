@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import signal
@@ -52,6 +54,62 @@ def nodes(root: Path) -> list[Node]:
         ]
 
 
+class Inputs(NamedTuple):
+    """What a stage would read."""
+
+    key: str
+    """The same for the same command, inputs and parameters, whatever machine asks."""
+    made: tuple[str, ...]
+    """Those that other stages make."""
+    settled: bool
+    """Whether dvc.lock knows the stage with just these inputs of other stages."""
+
+
+def inputs(root: Path, name: str) -> Inputs:
+    """What stage `name` of a clean clone would read, without having its data there.
+
+    Outputs of other stages count by their hashes in dvc.lock, source files by git's.
+
+    Raises:
+        KeyError: there is no such stage.
+    """
+    quiet_environment()
+    from dvc.dependency.param import ParamsDependency
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        stage = next((s for s in repo.index.stages if getattr(s, "name", None) == name), None)
+        if stage is None:
+            raise KeyError(name)
+        produced = {out.fs_path: out.hash_info.value for out in repo.index.outs}
+        before = {dep.fs_path: dep.hash_info.value for dep in stage.deps}
+        facts: dict[str, Any] = {"cmd": stage.cmd}
+        made: dict[str, str] = {}
+        for dep in stage.deps:
+            if isinstance(dep, ParamsDependency):
+                facts[f"params {dep.def_path}"] = dep.read_params()
+                continue
+            path = os.path.relpath(dep.fs_path, root)
+            facts[path] = produced.get(dep.fs_path) or _tree(root, path)
+            if dep.fs_path in produced:
+                made[path] = dep.fs_path
+        settled = all(produced[path] and produced[path] == before[path] for path in made.values())
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return Inputs(hashlib.sha256(text.encode()).hexdigest()[:32], tuple(sorted(made)), settled)
+
+
+def _tree(root: Path, path: str) -> str:
+    """Git's hash of a file or folder of the commit, empty where it has none."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", f"HEAD:{path}"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip()
+
+
 _RAN = re.compile(r"^Running stage '([^']+)'")
 _CACHED = re.compile(r"^Stage '([^']+)' is cached - skipping run")
 _UNCHANGED = re.compile(r"^Stage '([^']+)' didn't change, skipping")
@@ -61,11 +119,23 @@ _NOISE = re.compile(
 )
 
 
+# Linux ends a `dvc` whose caller was killed; the stage below it asks for the same.
+_DVC = """
+import runpy, sys
+if sys.platform == "linux":
+    import ctypes, signal
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+sys.argv[0] = "dvc"
+runpy.run_module("dvc", run_name="__main__", alter_sys=True)
+"""
+
+
 def repro(
     root: Path,
     targets: Sequence[str] = (),
     *,
     single: bool = False,
+    options: Sequence[str] = (),
     environment: dict[str, str] | None = None,
     line: Callable[[str], None] = print,
 ) -> Repro:
@@ -78,11 +148,12 @@ def repro(
         root: folder of dvc.yaml.
         targets: stages; all where empty.
         single: exactly the targets, nothing upstream of them.
+        options: further options of `dvc repro`.
         environment: added to that of this process.
         line: given each line that is worth showing.
     """
     quiet_environment()
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
+    command = [sys.executable, "-c", _DVC, "--wait-for-lock", "repro", *targets, *options]
     if single:
         command.append("--single-item")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

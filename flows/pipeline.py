@@ -1,13 +1,17 @@
-"""The pipeline as a Prefect flow: one task a stage, in the order of dvc.yaml's graph.
+"""The pipeline as Prefect flows: on this machine in place, or on workers from any revision.
 
-DVC decides what must run; Prefect decides when and where, and retries. `python -m flows.pipeline`
-needs no server: Prefect starts one for the time of the run.
+DVC decides what must run; Prefect decides when and where. `python -m flows.pipeline` needs no
+server: Prefect starts one for the time of the run. The flow `pipeline` is for deployments: it gives
+each stage to the work pool that dvc.yaml's `meta.pool` names, as a run of its own.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +20,23 @@ from stages.quiet import quiet_environment
 quiet_environment()
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
-from prefect import flow, get_run_logger, task  # noqa: E402
+from prefect import flow, get_run_logger, runtime, task  # noqa: E402
+from prefect.artifacts import (  # noqa: E402
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.orchestration import get_client  # noqa: E402
 from pydantic import BaseModel, ConfigDict  # noqa: E402
 
+from flows.dispatch import STARTS, Dispatch  # noqa: E402
 from flows.graph import Node, Status, new_execution, nodes, repro  # noqa: E402
-
-
-class StageRequest(BaseModel):
-    """Which stage to bring up to date, and for which execution."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    root: Path
-    execution: str
+from flows.handover import begin, entries, tip  # noqa: E402
+from flows.request import Request  # noqa: E402
+from flows.slots import forget  # noqa: E402
+from flows.stage import StageFailed, with_worker  # noqa: E402
+from flows.workspace import Workspace, source, workspace  # noqa: E402
 
 
 class StageResult(BaseModel):
@@ -42,13 +49,13 @@ class StageResult(BaseModel):
     """Path -> DVC's md5."""
 
 
-class StageFailed(RuntimeError):
-    """`dvc repro` failed; `busy` where only another run was in the way."""
+class Local(BaseModel):
+    """Which stage to bring up to date in place, and for which execution."""
 
-    def __init__(self, name: str, tail: str):
-        last = tail.strip().splitlines()[-1] if tail.strip() else "no output"
-        super().__init__(f"stage {name}: {last}")
-        self.busy = any(text in tail for text in ("is busy", "Unable to acquire lock"))
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    root: Path
+    execution: str
 
 
 def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
@@ -69,7 +76,7 @@ def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     cache_policy=NO_CACHE,
     task_run_name="{request.name}",
 )
-def run_stage(request: StageRequest) -> StageResult:
+def run_stage(request: Local) -> StageResult:
     """Brings exactly one stage up to date through DVC."""
     from flows.sync import lock
 
@@ -83,17 +90,18 @@ def run_stage(request: StageRequest) -> StageResult:
     )
     if done.code != 0:
         raise StageFailed(request.name, done.tail)
-    outs = lock(request.root).get(request.name, {}).get("outs", [])
-    return StageResult(
-        name=request.name,
-        status=done.statuses.get(request.name, "unchanged"),
-        outputs={out["path"]: out["md5"] for out in outs},
-    )
+    status = done.statuses.get(request.name, "unchanged")
+    return _result(request.name, status, lock(request.root))
 
 
-@flow(name="pipeline", flow_run_name="pipeline")
-def pipeline(root: Path | None = None, targets: list[str] | None = None) -> list[StageResult]:
-    """Brings the stages of `root`'s dvc.yaml up to date, each as a task of its own.
+def _result(name: str, status: Status, stages: Mapping[str, Any]) -> StageResult:
+    outs = stages.get(name, {}).get("outs", [])
+    return StageResult(name=name, status=status, outputs={out["path"]: out["md5"] for out in outs})
+
+
+@flow(name="in-place", flow_run_name="pipeline")
+def in_place(root: Path | None = None, targets: list[str] | None = None) -> list[StageResult]:
+    """Brings the stages of `root`'s dvc.yaml up to date there, each as a task of its own.
 
     Args:
         root: folder of dvc.yaml; the current one where it is null.
@@ -107,12 +115,121 @@ def pipeline(root: Path | None = None, targets: list[str] | None = None) -> list
     futures: dict[str, Any] = {}
     for node in order:
         futures[node.name] = run_stage.submit(  # type: ignore[call-overload]
-            StageRequest(name=node.name, root=root, execution=execution),
+            Local(name=node.name, root=root, execution=execution),
             wait_for=[futures[name] for name in node.upstream],
         )
     results: list[StageResult] = [future.result() for future in futures.values()]
     sync(root, execution, {result.name: result.status for result in results})
     return results
+
+
+@flow(name="pipeline")
+def pipeline(request: Request = Request()) -> list[StageResult]:
+    """Brings a revision up to date on the workers, as a DVC experiment of the source repository.
+
+    Each stage is a flow run of its own in the pool that it needs. What was computed before, by
+    whomever, is not computed again. `dvc exp apply NAME` and `dvc pull` bring a user the results.
+
+    Args:
+        request: revision, targets, and changes of params.yaml.
+    """
+    logger = get_run_logger()
+    run = str(runtime.flow_run.id)
+    if runtime.flow_run.run_count > STARTS:
+        raise RuntimeError(f"lost {STARTS} times; see the logs of its workers, then run it again")
+    name = request.name or f"run-{run[:8]}"
+    with (
+        with_worker(),
+        workspace(source(), request.revision) as place,
+        get_client(sync_client=True) as client,
+    ):
+        forget(client)
+        _change(place, request)
+        order = wanted(nodes(place.root), request.targets or None)
+        ref = begin(place, name)
+        logger.info("experiment %s of %s", name, place.source)
+        dispatch = Dispatch(client, run, ref, order, logger.info)
+        try:
+            runs = dispatch.finish()
+        except BaseException:
+            state = client.read_flow_run(runtime.flow_run.id).state
+            if state is not None and state.is_cancelling():
+                dispatch.cancel()
+            raise
+        place.git("checkout", "--quiet", "--force", "--detach", str(tip(place, ref)))
+        stages = entries(place)
+        results = [
+            _result(node.name, runs[node.name].state.message, stages)  # type: ignore[union-attr, arg-type]
+            for node in order
+        ]
+        _show(place, name, results, {node.name: runs[node.name].work_pool_name for node in order})
+    return results
+
+
+def _change(place: Workspace, request: Request) -> None:
+    """Lays the request over the clone's params.yaml, by the rules of the clone's own revision."""
+    if not request.overrides and not request.presets:
+        return
+    script = "import sys, json; from pathlib import Path; from flows.local import change_params\n"
+    script += "from stages.quiet import guarded\n"
+    script += "a = json.loads(sys.argv[1])\n"
+    script += "sys.exit(guarded(lambda: change_params(Path('params.yaml'), *a)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([request.overrides, request.presets])],
+        cwd=place.root,
+        env={**os.environ, **place.environment()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        from drawplate.core.errors import UserError
+
+        raise UserError(last.removeprefix("drawplate: "))
+
+
+def _show(
+    place: Workspace, name: str, results: list[StageResult], pools: Mapping[str, str | None]
+) -> None:
+    """Tells MLflow, and leaves what a reader of the flow run wants to see."""
+    from flows.local import summary
+    from flows.sync import records, sync
+    from stages.tracking import client, experiment, uri
+
+    place.bring(
+        [
+            f"lineage/{result.name}.json"
+            for result in results
+            if f"lineage/{result.name}.json" in result.outputs
+        ]
+    )
+    statuses = {result.name: result.status for result in results}
+    parent = sync(place.root, name, statuses)
+    made = records(place.root)
+    create_table_artifact(
+        [
+            {
+                "stage": result.name,
+                "status": result.status,
+                "pool": pools[result.name],
+                "seconds": made.get(result.name, {}).get("seconds"),
+                "MLflow run": made.get(result.name, {}).get("mlflow_run"),
+            }
+            for result in results
+        ],
+        key="stages",
+        description=f"DVC experiment `{name}`: `dvc exp apply {name}`, then `dvc pull`",
+    )
+    if (place.root / "metrics" / "evaluate.json").exists():
+        create_markdown_artifact(f"```\n{summary(place.root).strip()}\n```", key="summary")
+    if uri().startswith("http"):
+        where = f"{uri().rstrip('/')}/#/experiments/{experiment(client())}/runs"
+        create_link_artifact(f"{where}/{parent}", link_text="MLflow run", key="mlflow")
+        report = made.get("evaluate", {}).get("mlflow_run")
+        if report:
+            link = f"{where}/{report}/artifacts/index.html"
+            create_link_artifact(link, link_text="report", key="report")
 
 
 def wanted(order: list[Node], targets: list[str] | None) -> list[Node]:
@@ -136,5 +253,5 @@ def wanted(order: list[Node], targets: list[str] | None) -> list[Node]:
 
 
 if __name__ == "__main__":
-    for result in pipeline(targets=sys.argv[1:] or None):
+    for result in in_place(targets=sys.argv[1:] or None):
         print(f"{result.name:10} {result.status}")

@@ -36,12 +36,12 @@ stages:
 FLOW = """
 import sys
 from pathlib import Path
-from flows.pipeline import pipeline
+from flows.pipeline import in_place
 for _ in range(2):
-    print("RESULT", [(r.name, r.status, sorted(r.outputs)) for r in pipeline(Path(sys.argv[1]))])
+    print("RESULT", [(r.name, r.status, sorted(r.outputs)) for r in in_place(Path(sys.argv[1]))])
 Path(sys.argv[1], "first.py").write_text("raise SystemExit('drawplate: it is broken')")
 try:
-    pipeline(Path(sys.argv[1]))
+    in_place(Path(sys.argv[1]))
 except Exception as error:
     print("FAILED", error)
 """

@@ -1,0 +1,229 @@
+"""Whether checkout, cache and remote hold what dvc.lock says; what is damaged can be repaired.
+
+DVC trusts a file's name, size and time: a changed object of the cache is handed out as if it were
+whole, and `dvc status` says nothing. Here every byte is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from stages.quiet import quiet_environment
+
+quiet_environment()
+
+import click  # noqa: E402
+from prefect import flow, get_run_logger  # noqa: E402
+from prefect.artifacts import create_table_artifact  # noqa: E402
+
+Place = Literal["checkout", "cache", "remote"]
+State = Literal["whole", "damaged", "missing"]
+
+
+class Finding(NamedTuple):
+    """One file of one output in one place."""
+
+    path: str
+    place: Place
+    state: State
+    digest: str
+    """DVC's hash of what should be there."""
+
+
+def check(root: Path) -> list[Finding]:
+    """Reads every file that dvc.lock names, in the checkout, the cache and the default remote.
+
+    What is missing in one place is no fault by itself: a checkout or cache may hold only a part.
+
+    Raises:
+        UserError: there is no dvc.lock in `root`.
+    """
+    from dvc.repo import Repo
+
+    root = root.resolve()
+    if not (root / "dvc.lock").exists():
+        from drawplate.core.errors import UserError
+
+        raise UserError(f"{root} has no dvc.lock: nothing was computed here yet")
+    findings: list[Finding] = []
+    with Repo(str(root)) as repo:
+        stores = _stores(repo)
+        for out in repo.index.outs:
+            if not out.use_cache or not out.hash_info:
+                continue
+            path = Path(out.fs_path).relative_to(root).as_posix()
+            for name, digest in _members(path, out.hash_info.value, stores):
+                findings += [
+                    Finding(name, place, _stored(store, digest), digest)
+                    for place, store in stores.items()
+                ]
+                if not digest.endswith(".dir"):
+                    findings.append(Finding(name, "checkout", _file(root / name, digest), digest))
+    return findings
+
+
+def _stores(repo: Any) -> dict[Place, Any]:
+    stores: dict[Place, Any] = {"cache": repo.cache.local}
+    if repo.config["core"].get("remote"):
+        stores["remote"] = repo.cloud.get_remote_odb()
+    return stores
+
+
+def _members(path: str, digest: str, stores: Mapping[Place, Any]) -> Iterator[tuple[str, str]]:
+    """The output and, where it is a folder, its files by the first whole listing there is."""
+    yield path, digest
+    if not digest.endswith(".dir"):
+        return
+    for store in stores.values():
+        if _stored(store, digest) == "whole":
+            with store.fs.open(store.oid_to_path(digest), "rb") as file:
+                for entry in json.load(file):
+                    yield f"{path}/{entry['relpath']}", entry["md5"]
+            return
+
+
+def _stored(store: Any, digest: str) -> State:
+    place = store.oid_to_path(digest)
+    if not store.fs.exists(place):
+        return "missing"
+    with store.fs.open(place, "rb") as file:
+        return "whole" if _md5(file) == digest.removesuffix(".dir") else "damaged"
+
+
+def _file(path: Path, digest: str) -> State:
+    if not path.is_file():
+        return "missing"
+    with path.open("rb") as file:
+        return "whole" if _md5(file) == digest else "damaged"
+
+
+def _md5(file: Any) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def faults(findings: list[Finding]) -> list[Finding]:
+    """Damaged files, and those that are whole nowhere."""
+    whole = {finding.digest for finding in findings if finding.state == "whole"}
+    return [
+        finding
+        for finding in findings
+        if finding.state == "damaged"
+        or (finding.state == "missing" and finding.digest not in whole)
+    ]
+
+
+def repair(root: Path, findings: list[Finding]) -> list[Finding]:
+    """Replaces damaged files by whole copies from another place; returns what is still wrong.
+
+    What is whole nowhere is taken out of cache and remote, so that the next run computes it again
+    instead of trusting it.
+    """
+    from dvc.repo import Repo
+
+    root = root.resolve()
+    whole = {finding.digest: finding for finding in findings if finding.state == "whole"}
+    with Repo(str(root)) as repo:
+        stores = _stores(repo)
+        for finding in findings:
+            if finding.state != "damaged":
+                continue
+            with ExitStack() as files:
+                good = whole.get(finding.digest)
+                content = files.enter_context(_open(root, stores, good)) if good else None
+                if finding.place == "checkout":
+                    _put(root / finding.path, content)
+                    continue
+                store = stores[finding.place]
+                place = store.oid_to_path(finding.digest)
+                if store.fs.protocol == "local":
+                    _put(Path(place), content, mode=0o444 if finding.place == "cache" else 0o644)
+                elif content is None:
+                    store.fs.remove(place)
+                else:  # an object store shows an object when it is complete
+                    with store.fs.open(place, "wb") as out:
+                        shutil.copyfileobj(content, out, 1 << 20)
+    return faults(check(root))
+
+
+def _open(root: Path, stores: Mapping[Place, Any], finding: Finding) -> Any:
+    if finding.place == "checkout":
+        return (root / finding.path).open("rb")
+    store = stores[finding.place]
+    return store.fs.open(store.oid_to_path(finding.digest), "rb")
+
+
+def _put(path: Path, content: Any, mode: int = 0o644) -> None:
+    """Replaces a file at once by `content`, or takes it away where that is None."""
+    if content is None:
+        path.unlink()
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as out:
+        shutil.copyfileobj(content, out, 1 << 20)
+    temporary.chmod(mode)
+    temporary.replace(path)
+
+
+def told(finding: Finding) -> str:
+    """A fault in one line."""
+    return f"{finding.state:8} {finding.place:8} {finding.path}  ({finding.digest})"
+
+
+@flow(name="verify")
+def verify(revision: str | None = None, mend: bool = False) -> None:
+    """Rehashes every artefact that dvc.lock names; the run fails where one is damaged.
+
+    Args:
+        revision: branch, tag, commit or experiment's ref to take dvc.lock from; the source
+            repository as it is checked out where it is null.
+        mend: whether to replace what is damaged by whole copies.
+    """
+    from flows.workspace import source, workspace
+
+    logger = get_run_logger()
+    with ExitStack() as places:
+        if revision is None:
+            root = Path(source())
+        else:
+            root = places.enter_context(workspace(source(), revision)).root
+        findings = check(root)
+        wrong = faults(findings)
+        left = repair(root, findings) if mend and wrong else wrong
+    for finding in wrong:
+        logger.error(told(finding))
+    create_table_artifact(
+        [finding._asdict() for finding in wrong] or [{"files": len(findings), "damaged": 0}],
+        key="verify",
+        description=f"{len(findings)} files read, {len(wrong)} damaged, {len(left)} still are",
+    )
+    if left:
+        raise RuntimeError(f"{len(left)} of {len(findings)} files are damaged: {told(left[0])}")
+
+
+def verify_project(root: Path, mend: bool) -> None:
+    """What `drawplate verify` does: says what is damaged, and mends it where it is asked to.
+
+    Raises:
+        Damaged: something is damaged, or still is.
+    """
+    from drawplate.core.errors import Damaged
+
+    findings = check(root)
+    wrong = faults(findings)
+    for finding in wrong:
+        click.echo(told(finding))
+    left = repair(root, findings) if mend and wrong else wrong
+    if left:
+        advice = "run the pipeline again" if mend else "call it with --repair"
+        raise Damaged(f"{len(left)} of {len(findings)} files are damaged or lost; {advice}")
+    click.echo(f"{len(findings)} files are whole" + (", now" if wrong else ""))

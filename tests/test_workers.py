@@ -1,0 +1,392 @@
+"""Pipelines on a real Prefect server with real workers: where, once, and through what (rows 8, 9,
+20, 21, 24).
+
+One server serves the module; each test has parameters of its own, so no result is another's.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+from workers_cases import ROOT, Farm, alive, git, until
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory):
+    with Farm(tmp_path_factory.mktemp("farm")) as farm:
+        farm.server()
+        farm.deploy()
+        farm.worker("c1", "cpu")
+        farm.worker("g1", "gpu")
+        until(lambda: has_worker(farm, "gpu"), what="the worker of pool gpu is there")
+        yield farm
+
+
+def has_worker(farm, pool, count=1):
+    with farm.client() as client:
+        return len(client.read_workers_for_work_pool(pool)) >= count
+
+
+def starts(farm, stage, value):
+    return [fact for fact in farm.facts() if (fact["stage"], fact["value"]) == (stage, value)]
+
+
+def ends(farm, stage, value):
+    return [fact for fact in farm.facts("end") if (fact["stage"], fact["value"]) == (stage, value)]
+
+
+def bytes_of(farm, path, ref):
+    """A file of an experiment, as a user gets it from the remote."""
+    lock = git(farm.project, "show", f"{ref}:dvc.lock")
+    md5 = lock.split(f"path: {path}\n")[-1].split("md5: ")[1].split()[0]
+    return (farm.folder / "remote/files/md5" / md5[:2] / md5[2:]).read_bytes()
+
+
+def ref_of(farm, name):
+    return next(
+        r
+        for r in git(farm.project, "for-each-ref", "--format=%(refname)").split()
+        if r.endswith(f"/{name}")
+    )
+
+
+def undisturbed(seed, steps, corpus=b"0"):
+    """What pretrain's numbers are when nothing goes wrong."""
+    numbers = []
+    while len(numbers) < steps:
+        numbers.append((len(numbers) * 7919 + seed * 100) % 1000)
+    return numbers
+
+
+def test_a_run_on_workers_lands_where_its_user_finds_it(farm):
+    before = git(farm.project, "status", "--porcelain")
+    run = farm.ask(
+        name="first", targets=["pretrain"], revision=farm.branch("first", pretrain_seed=7)
+    )
+    state = farm.wait(run)
+    assert state.is_completed(), state.message
+    # Each stage in its pool, by a worker with a cache of its own: the data went through the remote.
+    (prepare,), (pretrain,) = starts(farm, "prepare", 0), starts(farm, "pretrain", 7)
+    assert (prepare["worker"], pretrain["worker"]) == ("c1", "g1")
+    assert pretrain["gpu"].endswith(":0")
+    # Not in the checkout, not in one workspace for both, and no workspace is left.
+    places = {prepare["folder"], pretrain["folder"]}
+    assert len(places) == 2
+    assert not any(place.startswith(str(farm.project)) or os.path.exists(place) for place in places)
+    assert git(farm.project, "status", "--porcelain") == before
+    # Handed over as one DVC experiment, with parameters, lock and metrics; outputs in the remote.
+    ref = ref_of(farm, "first")
+    assert '"seed": 7' in git(farm.project, "show", f"{ref}:params.yaml")
+    assert f'{{"loss": {undisturbed(7, 3)[-1]}}}' == git(
+        farm.project, "show", f"{ref}:pretrain.json"
+    )
+    assert repr(undisturbed(7, 3)).encode() in bytes_of(farm, "base.txt", ref)
+    # The flow runs show how far training is, and a table of what became of each stage.
+    with farm.client() as client:
+        artifacts = {a.key: a for a in client.read_artifacts()}
+    assert artifacts["pretrain-train"].data == 100
+    assert "ran" in artifacts["stages"].data
+    assert "quantize" not in artifacts["stages"].data
+
+
+def test_a_wrong_parameter_is_refused_before_a_run_exists(farm):
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    with farm.client() as client:
+        deployment = client.read_deployment_by_name("pipeline/on-demand")
+        schema = deployment.parameter_openapi_schema
+        known = len(client.read_flow_runs())
+    text = str(schema)
+    assert "'rl/dler'" in text
+    assert "'pretrain'" in text
+    for wrong in (
+        {"targets": ["pretrian"]},
+        {"presets": ["rl/dlr"]},
+        {"overrides": ["pretrain.seed"]},
+        {"overrides": ["nothing.seed=1"]},
+        {"revision": ""},
+        {"name": "../x"},
+        {"extra": 1},
+    ):
+        with pytest.raises(PrefectHTTPStatusError):
+            farm.ask(**wrong)
+    with farm.client() as client:
+        assert len(client.read_flow_runs()) == known
+
+
+def test_limits_of_inputs_that_nobody_asks_for_are_removed_and_those_held_are_not(farm):
+    from flows.slots import forget
+
+    with farm.client() as client:
+        for name in ("inputs-free", "inputs-held", "gpu@x:0"):
+            client.upsert_global_concurrency_limit_by_name(name, limit=1)
+        client.increment_concurrency_slots(["inputs-held"], 1, "concurrency")
+        known = {limit.name for limit in client.read_global_concurrency_limits()}
+        assert forget(client) == 0
+        assert forget(client, timedelta(0)) >= 1
+        left = {limit.name for limit in client.read_global_concurrency_limits()}
+        assert "inputs-free" in known - left
+        assert {"inputs-held", "gpu@x:0"} <= left
+
+
+HOLD = """
+import sys, time
+from flows.slots import slot
+with slot("inputs-test", lambda text: print(text, flush=True), lease=10):
+    print("has it", time.time(), flush=True)
+    sys.stdin.readline()
+    print("leaves", time.time(), flush=True)
+"""
+
+
+def hold(farm):
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        cwd=ROOT,
+        env=farm.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_slot_has_one_holder_beyond_its_lease_and_a_killed_one_loses_it(farm):
+    first = hold(farm)
+    assert first.stdout.readline().startswith("has it")
+    second = hold(farm)
+    assert "is held by another run" in second.stdout.readline()
+    time.sleep(40)  # the lease is 10 s: without renewal the server had taken it back
+    released = time.time()
+    first.communicate("go\n")
+    assert float(second.stdout.readline().split()[-1]) >= released
+    second.kill()
+    second.wait()
+    third = hold(farm)
+    assert "is held by another run" in third.stdout.readline()
+    assert third.stdout.readline().startswith("has it")
+    third.communicate("go\n")
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_the_server_takes_the_templates(farm, kind):
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    template = json.loads((ROOT / f"flows/templates/{kind}.json").read_text())
+    with farm.client() as client:
+        client.create_work_pool(WorkPoolCreate(name=kind, type=kind, base_job_template=template))
+        # The control: a variable that nobody declares.
+        del template["variables"]["properties"]["image"]
+        with pytest.raises(PrefectHTTPStatusError, match="image"):
+            client.create_work_pool(
+                WorkPoolCreate(name=f"{kind}-bad", type=kind, base_job_template=template)
+            )
+
+
+@pytest.mark.slow
+def test_what_pydantic_or_the_catalogue_refuses_runs_no_stage(farm):
+    before = len(farm.facts())
+    run = farm.ask(overrides=["compress.ratio=7"])
+    other = farm.ask(revision="no-such-branch")
+    state = farm.wait(run)
+    assert state.is_failed()
+    assert "compress.ratio" in state.message
+    assert "has no revision 'no-such-branch'" in farm.wait(other).message
+    assert len(farm.facts()) == before
+
+
+@pytest.mark.slow
+def test_what_one_worker_computed_no_other_computes_again(farm):
+    """And two that ask for the same at once: one computes, the other takes the result."""
+    change = ["prepare.seed=21", "pretrain.seed=21", "pretrain.training.steps=25"]
+    branch = farm.branch("same", prepare_seed=21, pretrain_seed=21, pretrain_steps=25)
+    farm.worker("g2", "gpu", DRAWPLATE_WORKSPACES=str(farm.folder / "workspaces2"))
+    until(lambda: has_worker(farm, "gpu", 2), what="two workers of pool gpu")
+    runs = [farm.ask(name=name, targets=["pretrain"], revision=branch) for name in ("a1", "a2")]
+    assert all(farm.wait(run).is_completed() for run in runs)
+    third = farm.ask(name="a3", targets=["pretrain"], overrides=change)
+    assert farm.wait(third).is_completed()
+    assert len(ends(farm, "prepare", 21)) == len(starts(farm, "prepare", 21)) == 1
+    assert len(ends(farm, "pretrain", 21)) == len(starts(farm, "pretrain", 21)) == 1
+    texts = {bytes_of(farm, "base.txt", ref_of(farm, name)) for name in ("a1", "a2", "a3")}
+    assert len(texts) == 1
+    farm.kill("g2")
+
+
+@pytest.mark.slow
+def test_one_stage_at_a_time_uses_a_gpu_and_a_cpu_works_beside_it(farm):
+    """Two workers on one GPU take turns; the control is a worker on another GPU, which does not."""
+    farm.worker("g3", "gpu")
+    runs = [
+        farm.ask(
+            name=f"b{seed}",
+            targets=["pretrain", "quantize"],
+            revision=farm.branch(
+                f"b{seed}", pretrain_seed=seed, pretrain_steps=40, quantize_bits=bits
+            ),
+        )
+        for seed, bits in ((31, 2), (32, 3))
+    ]
+    assert all(farm.wait(run).is_completed() for run in runs)
+    first, second = sorted(
+        (starts(farm, "pretrain", seed)[0]["time"], ends(farm, "pretrain", seed)[0]["time"])
+        for seed in (31, 32)
+    )
+    assert first[1] <= second[0]
+    # While one stage had the GPU, the other run's (or its own) quantize had a CPU.
+    quantized = [ends(farm, "quantize", bits)[0]["time"] for bits in (2, 3)]
+    assert min(quantized) < second[1]
+    farm.kill("g3")
+
+
+@pytest.mark.slow
+def test_a_cancelled_run_saves_ends_and_goes_on_when_it_is_asked_again(farm):
+    branch = farm.branch("cancelled", finetune_seed=41, finetune_steps=150)
+    run = farm.ask(name="cancelled", targets=["finetune"], revision=branch)
+    (fact,) = until(lambda: starts(farm, "finetune", 41), what="finetune begins")
+    time.sleep(3)
+    from prefect.states import Cancelling
+
+    with farm.client() as client:
+        client.set_flow_run_state(run, Cancelling())
+    asked = time.time()
+    assert farm.wait(run).is_cancelled()
+    until(lambda: not alive(fact["pid"]), what="the stage's process is gone")
+    (stopped,) = [f for f in farm.facts("stopped") if f["value"] == 41]
+    print(f"stage saved {stopped['time'] - asked:.1f} s after the cancel")
+    child = farm.children("finetune")[-1]
+    assert until(lambda: farm.state(child.id).is_final(), what="the stage's run ends")
+    assert farm.state(child.id).is_cancelled()
+    again = farm.ask(name="again", targets=["finetune"], revision=branch)
+    assert farm.wait(again).is_completed()
+    assert starts(farm, "finetune", 41)[-1]["what"] == stopped["what"].replace("stopped", "start")
+    assert repr(undisturbed(41, 150)).encode() in bytes_of(farm, "tuned.txt", ref_of(farm, "again"))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing(farm):
+    """SIGKILL of the worker alone: its stage saves and ends, and goes on at another worker."""
+    farm.worker("g4", "gpu")
+    until(lambda: (farm.folder / "g4.out").read_text().count("started"), what="g4 started")
+    branch = farm.branch("killed", finetune_seed=51, finetune_steps=100)
+    run = farm.ask(name="killed", targets=["finetune"], revision=branch)
+    (fact,) = until(lambda: starts(farm, "finetune", 51), what="finetune begins")
+    time.sleep(2)
+    killed = time.time()
+    farm.kill(fact["worker"])
+    until(lambda: not alive(fact["pid"]), what="the orphan is gone")
+    second = until(lambda: starts(farm, "finetune", 51)[1:], what="finetune goes on")[0]
+    print(f"running again {second['time'] - killed:.1f} s after SIGKILL")
+    assert second["worker"] != fact["worker"]
+    assert second["what"] != "start at 0"
+    assert farm.wait(run).is_completed()
+    assert len(ends(farm, "finetune", 51)) == 1
+    assert repr(undisturbed(51, 100)).encode() in bytes_of(
+        farm, "tuned.txt", ref_of(farm, "killed")
+    )
+    if fact["worker"] == "g1":
+        farm.worker("g1", "gpu")
+    if second["worker"] != "g1":
+        farm.kill(second["worker"])
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_gone_is_noticed_and_its_stage_goes_on(farm):
+    """SIGKILL of a worker and all it started: only the missing heartbeat tells."""
+    farm.worker("g5", "gpu")
+    until(lambda: (farm.folder / "g5.out").read_text().count("started"), what="g5 started")
+    branch = farm.branch("gone", finetune_seed=61, finetune_steps=100)
+    run = farm.ask(name="gone", targets=["finetune"], revision=branch)
+    (fact,) = until(lambda: starts(farm, "finetune", 61), what="finetune begins")
+    time.sleep(2)
+    worker = farm.processes.pop(fact["worker"])
+    for pid in [*descendants(worker.pid), worker.pid]:
+        os.kill(pid, signal.SIGKILL)
+    worker.wait()
+    killed = time.time()
+    second = until(lambda: starts(farm, "finetune", 61)[1:], what="finetune goes on")[0]
+    print(f"running again {second['time'] - killed:.1f} s after SIGKILL of everything")
+    assert second["what"] != "start at 0"
+    assert farm.wait(run).is_completed()
+    assert len(ends(farm, "finetune", 61)) == 1
+    assert repr(undisturbed(61, 100)).encode() in bytes_of(farm, "tuned.txt", ref_of(farm, "gone"))
+    if fact["worker"] == "g1":
+        farm.worker("g1", "gpu")
+    if second["worker"] != "g1":
+        farm.kill(second["worker"])
+
+
+def descendants(pid):
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    for child in map(int, found.stdout.split()):
+        yield from descendants(child)
+        yield child
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_the_middle_loses_nothing(farm):
+    branch = farm.branch("restarted", finetune_seed=71, finetune_steps=60)
+    run = farm.ask(name="restarted", targets=["finetune"], revision=branch)
+    until(lambda: starts(farm, "finetune", 71), what="finetune begins")
+    server = farm.processes.pop("server")
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+    time.sleep(5)
+    farm.server()
+    assert farm.wait(run).is_completed()
+    assert len(starts(farm, "finetune", 71)) == len(ends(farm, "finetune", 71)) == 1
+
+
+@pytest.mark.slow
+def test_a_schedule_fires(farm):
+    from prefect.client.schemas.schedules import IntervalSchedule
+
+    with farm.client() as client:
+        deployment = client.read_deployment_by_name("pipeline/nightly")
+        assert [s.schedule.cron for s in deployment.schedules] == ["0 3 * * *"]
+        (made,) = client.create_deployment_schedules(
+            deployment.id, [(IntervalSchedule(interval=timedelta(seconds=20)), True)]
+        )
+
+        def fired():
+            runs = client.read_flow_runs(sort="START_TIME_DESC")
+            return [
+                r
+                for r in runs
+                if r.auto_scheduled and r.start_time and r.deployment_id == deployment.id
+            ]
+
+        (run, *_) = until(fired, what="a scheduled run starts")
+        client.delete_deployment_schedule(deployment.id, made.id)
+    assert farm.wait(run.id).is_completed()
+    refs = git(farm.project, "for-each-ref", "--format=%(refname)")
+    assert f"run-{str(run.id)[:8]}" in refs
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_gpu_runs_everything(tmp_path):
+    with Farm(tmp_path) as farm:
+        farm.server()
+        farm.deploy()
+        farm.worker("c", "cpu")
+        run = farm.ask(name="alone")
+        assert farm.wait(run).is_completed()
+        stages = {"prepare", "pretrain", "compress", "quantize", "finetune"}
+        assert {fact["stage"] for fact in farm.facts("end")} == stages
+        assert {fact["worker"] for fact in farm.facts()} == {"c"}
+
+
+def test_the_flows_for_workers_import_neither_torch_nor_mlflow():
+    """An engine starts for every stage: seconds of imports would be paid each time."""
+    script = "import sys, flows.stage, flows.pipeline\n"
+    script += "print({'torch', 'mlflow', 'dvc'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

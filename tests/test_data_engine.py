@@ -66,7 +66,7 @@ def made(raw, folder, engine, work=None, **more):
     return report, {str(p.relative_to(folder)): sha256(p.read_bytes()).digest() for p in files}
 
 
-ENGINES = [Here(), Local(workers=1), Local(workers=3)]
+ENGINES = [Here(), Local(workers=1), pytest.param(Local(workers=3), marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

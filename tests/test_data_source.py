@@ -1,5 +1,6 @@
 import ast
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,18 @@ def test_hub_gives_every_field_to_the_library(world, monkeypatch):
     assert source.origin() == {"who/what:french:dev": "abc"}
 
 
-def test_a_package_file_that_cannot_be_parsed_is_one_bad_record(world, tmp_path, monkeypatch):
+@pytest.fixture
+def usual_recursion():
+    """Some libraries raise Python's limit, up to which the parser follows a file's nesting."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+def test_a_package_file_that_cannot_be_parsed_is_one_bad_record(
+    world, tmp_path, monkeypatch, usual_recursion
+):
     site = tmp_path / "site"
     bad = {
         "latin.py": b'"""caf\xe9"""\n',

@@ -65,6 +65,7 @@ def project(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_two_stages_are_rehearsed_and_the_forecast_is_kept(project):
     tree = read(project / "params.yaml")
     needs = forecast(project, tree, ["pretrain"], ENOUGH)

@@ -122,6 +122,7 @@ def shown(root):
     }
 
 
+@pytest.mark.slow
 def test_trials_share_what_they_have_in_common_and_are_experiments(project):
     wanted = request("compress.ratio=0.2,0.9", "quantize.bits=2,3", jobs=2)
     first = run(wanted, project)

@@ -62,7 +62,7 @@ def test_the_output_is_one_whole_artifact_made_by_the_first(two):
     assert not [path for path in out.parent.glob(".drawplate/stage-*") if path.is_dir()]
 
 
-@pytest.mark.parametrize("nproc", [1, 4])
+@pytest.mark.parametrize("nproc", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_numbers_of_processes_follow_the_same_series(source, two, tmp_path, nproc):
     assert make(source, tmp_path / "out", nproc).processes == nproc
     assert len(rows(two[1])) == 12
@@ -117,7 +117,7 @@ def equal(one, other):
     assert rows(one) == rows(other)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_lost_process_is_replaced_and_the_end_is_the_same(source, two, tmp_path, rank):
     process, workers = start(source, tmp_path / "out", 0.3)
     assert sorted(workers) == [0, 1]
@@ -147,6 +147,7 @@ def test_a_signal_saves_and_the_same_call_goes_on_bit_by_bit(source, two, tmp_pa
     equal(tmp_path / "out", two[1])
 
 
+@pytest.mark.slow
 def test_processes_do_not_outlive_the_one_that_started_them(source, tmp_path):
     process, workers = start(source, tmp_path / "out", 0.5)
     process.kill()
@@ -155,7 +156,7 @@ def test_processes_do_not_outlive_the_one_that_started_them(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_error_is_told_once_and_nothing_starts_again(source, tmp_path, rank, capfd):
     with pytest.raises(DrawplateError, match=r"^this process was asked to fail$") as caught:
         make(source, tmp_path / "out", 2, fails=rank)

@@ -63,6 +63,7 @@ def undisturbed(seed, steps, corpus=b"0"):
     return numbers
 
 
+@pytest.mark.slow
 def test_a_run_on_workers_lands_where_its_user_finds_it(farm):
     before = git(farm.project, "status", "--porcelain")
     run = farm.ask(
@@ -94,6 +95,7 @@ def test_a_run_on_workers_lands_where_its_user_finds_it(farm):
     assert "quantize" not in artifacts["stages"].data
 
 
+@pytest.mark.slow
 def test_a_wrong_parameter_is_refused_before_a_run_exists(farm):
     from prefect.exceptions import PrefectHTTPStatusError
 
@@ -119,6 +121,7 @@ def test_a_wrong_parameter_is_refused_before_a_run_exists(farm):
         assert len(client.read_flow_runs()) == known
 
 
+@pytest.mark.slow
 def test_limits_of_inputs_that_nobody_asks_for_are_removed_and_those_held_are_not(farm):
     from flows.slots import forget
 
@@ -173,6 +176,7 @@ def test_a_slot_has_one_holder_beyond_its_lease_and_a_killed_one_loses_it(farm):
     third.communicate("go\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])
 def test_the_server_takes_the_templates(farm, kind):
     from prefect.client.schemas.actions import WorkPoolCreate

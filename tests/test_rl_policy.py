@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from drawplate.rl import policy
 from drawplate.rl.policy import judge
 from tests import tiny
 
@@ -52,3 +53,34 @@ def test_padding_is_immaterial():
     assert not torch.equal(other, tokens)
     for a, b in zip(judge(model, tokens, mask, 1.0), judge(model, other, mask, 1.0), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("line", [1, 16, 40])
+def test_rows_share_lines_without_overlap(monkeypatch, line):
+    monkeypatch.setattr(policy, "LINE", line)
+    _, mask = case()
+    lines, columns = policy._packed(mask)
+    lengths = [int(row.nonzero().max()) + 1 for row in mask]
+    taken = set()
+    for i, length in enumerate(lengths):
+        begin = int(columns[i, 0])
+        assert columns[i, :length].tolist() == list(range(begin, begin + length))
+        assert (columns[i, length:] == -1).all()
+        places = {(int(lines[i]), begin + j) for j in range(length)}
+        assert not places & taken
+        taken |= places
+    width = max(line, *lengths)
+    assert max(column for _, column in taken) < width
+    assert int(lines.max()) + 1 == {1: 4, 16: 2, 40: 1}[line]
+
+
+def test_lines_do_not_change_what_is_said(monkeypatch):
+    model = tiny.model().double()
+    tokens, mask = case()
+    said = []
+    for line in (1, 16, 40):
+        monkeypatch.setattr(policy, "LINE", line)
+        said.append(judge(model, tokens, mask, 0.8))
+    for logp, entropy in said[1:]:
+        torch.testing.assert_close(logp, said[0][0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(entropy, said[0][1], rtol=1e-10, atol=1e-12)

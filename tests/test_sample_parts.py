@@ -109,11 +109,28 @@ def test_swift_products_are_the_products(rows, bias):
     layer, other = nn.Linear(12, 20, bias=bias), Conv1D(20, 12)
     x = torch.randn(rows, 12)
     want = layer(x), other(x), layer(x.view(rows, 1, 12))
-    with swift(nn.ModuleList([layer, other])), torch.no_grad():
+    with torch.no_grad(), swift(nn.ModuleList([layer, other])):
         assert "forward" in vars(layer)
         assert plain(layer) is None  # already changed: nobody changes it twice
         got = layer(x), other(x), layer(x.view(rows, 1, 12))
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (5, 6, 12)])
+def test_swift_gradients_reach_inputs_and_layers_that_are_trained_stay_as_they_are(shape):
+    torch.manual_seed(0)
+    frozen, learned = nn.Linear(12, 20).requires_grad_(False), nn.Linear(20, 3)
+    model = nn.Sequential(frozen, nn.SiLU(), learned)
+    x, out = torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], 3)
+    given = [x, *learned.parameters()]
+    want = torch.autograd.grad((model(x) * out).sum(), given)
+    with swift(model):
+        assert "forward" in vars(frozen)
+        assert "forward" not in vars(learned)
+        value = (model(x) * out).sum()
+    got = torch.autograd.grad(value, given)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_swift_uses_another_kernel_for_many_rows(monkeypatch):
@@ -122,7 +139,7 @@ def test_swift_uses_another_kernel_for_many_rows(monkeypatch):
         products, "_product", lambda *given: calls.append(len(given[0])) or given[0]
     )
     layer = nn.Linear(4, 4)
-    with swift(layer), torch.no_grad():
+    with torch.no_grad(), swift(layer):
         layer(torch.ones(7, 4))
         layer(torch.ones(8, 4))
     assert calls == [8]
@@ -148,7 +165,7 @@ def test_swift_keeps_hooks_and_gives_back_the_dtype_in_lower_precision():
     layer = nn.Linear(16, 16)
     layer.register_forward_hook(lambda *_: heard.append(1))
     x = torch.randn(9, 16)
-    with swift(layer, torch.bfloat16), torch.no_grad():
+    with torch.no_grad(), swift(layer, torch.bfloat16):
         rough = layer(x)
         assert layer(x.bfloat16()).dtype == torch.bfloat16
     assert len(heard) == 2

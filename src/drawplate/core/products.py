@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from drawplate.edits import StandIn
+from drawplate.edits import StandIn, trained
 
 _FEW = 8
 """Rows below which the plain matrix-vector product is the faster one."""
@@ -55,13 +55,14 @@ def swift(model: nn.Module, precision: torch.dtype | None = None) -> Iterator[No
     """Inside, plain linear layers of `model`, also those within stand-ins, are called otherwise.
 
     With a `precision`, they multiply in it, from copies of their weights, and give back the dtype
-    that they were given. Without, float32 products on a processor go to oneDNN. Not for training.
+    that they were given. Without, float32 products on a processor go to oneDNN. Gradients reach
+    inputs, not weights: where gradients are wanted, layers that are trained stay as they are.
     """
     changed = []
     try:
         for module in model.modules():
             found = plain(module)
-            if found is not None:
+            if found is not None and not trained(module):
                 module.forward = _call(*found, precision)
                 changed.append(module)
         yield
@@ -85,6 +86,22 @@ def _call(
     def call(x: Tensor) -> Tensor:
         if x.numel() < _FEW * width:
             return F.linear(x, weight, bias)
-        return _product(x, weight, bias, "none", [], "")
+        return cast("Tensor", _Frozen.apply(x, weight, bias))  # type: ignore[no-untyped-call]
 
     return call
+
+
+class _Frozen(torch.autograd.Function):
+    """OneDNN's linear layer, whose operator has no backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., I] -> [..., O]."""
+        ctx.save_for_backward(weight)
+        return _product(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """[..., O] -> [..., I]; weight and bias get none."""
+        (weight,) = ctx.saved_tensors
+        return _product(grad, weight.T, None, "none", [], ""), None, None

@@ -69,10 +69,12 @@ def materialized(model: nn.Module, whole: bool = False) -> Iterator[None]:
     """Inside, stand-ins keep their matrix: faster, at the memory of a dense model.
 
     Packed ones give the same bits as outside. With `whole`, so do factors and adapters, each
-    replaced by the one matrix that they amount to: the same up to rounding. Gradients do not reach
-    what is stored, and changes of it are not seen.
+    replaced by the one matrix that they amount to: the same up to rounding. Changes of what is
+    stored are not seen, and gradients do not reach it: where they are wanted, stand-ins that are
+    trained stay as they are.
     """
-    chosen = _outermost(model, StandIn if whole else Packed)  # type: ignore[type-abstract]
+    every = _outermost(model, StandIn if whole else Packed)  # type: ignore[type-abstract]
+    chosen = [module for module in every if not trained(module)]
     try:
         for module in chosen:
             module.dense = module.matrix().detach()
@@ -80,6 +82,11 @@ def materialized(model: nn.Module, whole: bool = False) -> Iterator[None]:
     finally:
         for module in chosen:
             module.dense = None
+
+
+def trained(module: nn.Module) -> bool:
+    """Whether a forward pass made now has to pass gradients on to parameters of `module`."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
 def _outermost(module: nn.Module, kind: type[StandIn]) -> list[StandIn]:

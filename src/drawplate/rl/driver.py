@@ -236,9 +236,8 @@ class Reinforce:
         mine = torch.tensor(self.world.share(len(rollout.group)))
         pieces = mine.tensor_split(how.updates * how.accumulate)
         forward = [(rollout.tokens[rows], rollout.mask[rows]) for rows in pieces if len(rows)]
-        with materialized(self.model):  # the same bits as without
-            for tokens, mask in forward:
-                figures["old"].append(judge(self.model, tokens, mask, how.temperature)[0].cpu())
+        for tokens, mask in forward:
+            figures["old"].append(judge(self.model, tokens, mask, how.temperature)[0].cpu())
         if how.penalties:
             with self._started(), materialized(self.model, whole=True):
                 for tokens, mask in forward:

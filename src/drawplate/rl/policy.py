@@ -1,7 +1,7 @@
 """What a policy thinks of given answers: log-probabilities and entropies of their tokens.
 
 The policy is softmax(logits / temperature), the distribution that answers are sampled from. Rows
-are padded on the right, where a causal model needs no attention mask.
+are laid end to end, so that little is computed for padding; none of them sees its neighbours.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from drawplate.core.products import swift
+from drawplate.edits import materialized
 from drawplate.train.attention import attention_for
-from drawplate.train.loss import token_losses
+from drawplate.train.loss import states, token_losses
 
 Head = Callable[[Tensor], Tensor]
+LINE = 128
+"""Tokens of a line that several rows share, unless a row is longer."""
 ROWS = 1024
 """Tokens whose logits are held at a time where entropies are computed."""
 
@@ -39,15 +43,44 @@ def _before(
     model: PreTrainedModel, tokens: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Head]:
     """The hidden state that predicts each answer token, [N, H], and what makes logits of it."""
-    with attention_for(model, tokens.shape[1]):
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    line, column = _packed(mask)
+    used = column >= 0
+    shape = int(line.max()) + 1, int(column.max()) + 1
+    packed, positions = (tokens.new_zeros(shape) for _ in range(2))
+    places = (line[:, None].expand_as(column)[used], column[used])
+    packed[places] = tokens[used]
+    positions[places] = torch.arange(mask.shape[1], device=mask.device).expand_as(column)[used]
+    with attention_for(model, shape[1]), materialized(model), swift(model):
+        hidden = states(model, packed, positions)
     output = cast("Head", model.get_output_embeddings())
 
     def head(states: Tensor) -> Tensor:
         logits = output(states)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
 
-    return hidden[:, :-1][mask[:, 1:]], head
+    asked = mask[:, 1:]
+    return hidden[line[:, None].expand_as(asked)[asked], column[:, :-1][asked]], head
+
+
+def _packed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, up to the last column of `mask` [B, T], laid end to end in lines of about `LINE`.
+
+    Returns the line of each row [B] and, for each of its columns, the column there, -1 behind its
+    end [B, T]. Longest rows first, each into the first line with room.
+    """
+    lengths = (mask.shape[1] - mask.flip(1).int().argmax(1)).tolist()
+    room: list[int] = []
+    line, start = [0] * len(lengths), [0] * len(lengths)
+    widest = max(LINE, *lengths)
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        place = next((i for i, free in enumerate(room) if free >= lengths[row]), len(room))
+        if place == len(room):
+            room.append(widest)
+        line[row], start[row] = place, widest - room[place]
+        room[place] -= lengths[row]
+    lines, starts, ends = (torch.tensor(v, device=mask.device) for v in (line, start, lengths))
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return lines, (starts[:, None] + steps).masked_fill(steps >= ends[:, None], -1)
 
 
 def _spread(figures: Tensor, mask: Tensor) -> Tensor:

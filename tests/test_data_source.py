@@ -1,6 +1,5 @@
 import ast
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,18 +116,13 @@ def test_hub_gives_every_field_to_the_library(world, monkeypatch):
     assert source.origin() == {"who/what:french:dev": "abc"}
 
 
-@pytest.fixture
-def usual_recursion():
-    """Some libraries raise Python's limit, up to which the parser follows a file's nesting."""
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(1000)
-    yield
-    sys.setrecursionlimit(before)
-
-
+@pytest.mark.parametrize("backport", [False, True])
 def test_a_package_file_that_cannot_be_parsed_is_one_bad_record(
-    world, tmp_path, monkeypatch, usual_recursion
+    world, tmp_path, monkeypatch, backport
 ):
+    """Also where the backport of importlib.metadata, once imported, has taken its place."""
+    if backport:
+        pytest.importorskip("importlib_metadata")
     site = tmp_path / "site"
     bad = {
         "latin.py": b'"""caf\xe9"""\n',

@@ -9,6 +9,7 @@ Cost: about 0.5 s of parsing per megabyte of docstrings.
 from __future__ import annotations
 
 import ast
+import csv
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -47,10 +48,12 @@ class Docstrings(Source):
         return tuple(self.model_copy(update={"packages": (name,)}) for name in self.packages)
 
     def _files(self, package: Distribution) -> list[tuple[str, Path]]:
+        # Not `package.files`: whether that lists files that are gone depends on what was imported.
+        rows = csv.reader((package.read_text("RECORD") or "").splitlines())
         found = sorted(
-            (file.as_posix(), Path(str(package.locate_file(file))))
-            for file in package.files or ()
-            if file.suffix == ".py" and not set(file.parts[:-1]) & set(self.omit)
+            (file, Path(str(package.locate_file(file))))
+            for file, *_ in rows
+            if file.endswith(".py") and not set(file.split("/")[:-1]) & set(self.omit)
         )
         if not found:
             raise UserError(

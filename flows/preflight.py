@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,10 @@ class Player:
 
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        try:
+        # Of a process that is gone nothing can be read either: that is the error raised below.
+        with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"do": do, **order}) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; what it wrote last says why
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()

@@ -26,8 +26,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from drawplate.core.errors import DrawplateError
+from drawplate.core.memory import file_memory
 from drawplate.core.progress import Watch
-from drawplate.forecast.machine import file_memory
 from stages.run import Execution, Run, Stage, prepare_process
 
 Answer = dict[str, Any]

@@ -275,7 +275,7 @@ def _was_stopped(error: BaseException) -> bool:
 def _record(
     stage: str, out: Path, digest: str, run_id: str | None, started: float, seconds: float
 ) -> dict[str, Any]:
-    from drawplate.forecast import peak_memory
+    from drawplate.core.memory import peak_memory
 
     return {
         "stage": stage,

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from drawplate import settings
 from drawplate.core import hf
 from drawplate.core.errors import Exhausted
+from drawplate.core.memory import file_memory, held_memory, peak_memory
 from drawplate.core.stats import Gather
 from drawplate.evaluate.cost import macs
 from drawplate.evaluate.cost import stored_bytes as on_disk
 from drawplate.forecast.lines import Line, extrapolate, split, through
-from drawplate.forecast.machine import Limits, file_memory, held_memory, limits, peak_memory
+from drawplate.forecast.machine import Limits, limits
 from drawplate.forecast.shape import LLAMA_70B, Shape
 from drawplate.forecast.stages import (
     COPIES,
@@ -130,7 +131,7 @@ def test_repetitions_that_alternate_are_averaged_over_a_cycle():
 
 
 GROWS = """
-from drawplate.forecast.machine import peak_memory, held_memory
+from drawplate.core.memory import peak_memory, held_memory
 before = peak_memory()
 block = bytearray(100_000_000)
 del block

@@ -4,6 +4,7 @@ import json
 from random import Random
 
 import pytest
+import torch
 
 from drawplate.core import hf
 from drawplate.data.prepare import Prepare
@@ -43,25 +44,29 @@ def folder(tmp_path_factory):
     return folder
 
 
-def made(stage, params, inputs, folder, name):
+def made(stage, params, inputs, folder, name, **more):
     """Paths of what one process and what two of them make."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in faults.environment().items():
             patch.setenv(key, value)
         for nproc in (1, 2):
-            execution = Execution(nproc=nproc, threads=1, tracking=False)
+            execution = Execution(nproc=nproc, threads=1, tracking=False, **more)
             stage(params, inputs, folder / f"{name}{nproc}", execution=execution)
     return folder / f"{name}1", folder / f"{name}2"
 
 
-@pytest.fixture(scope="module")
-def bases(folder):
+def based(folder, name, **more):
     model = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 2, "feed_forward": 64}
     params = Pretrain.model_validate(
         {"model": model | {"context": 128}, "batch": 4, "length": 96, "training": STEPS}
     )
     inputs = pretrain.Inputs(corpus=folder / "corpus")
-    return made(pretrain.pretrain, params, inputs, folder, "base")
+    return made(pretrain.pretrain, params, inputs, folder, name, **more)
+
+
+@pytest.fixture(scope="module")
+def bases(folder):
+    return based(folder, "base")
 
 
 def close(one, other, history, names, steps=4):
@@ -74,6 +79,15 @@ def close(one, other, history, names, steps=4):
 
 def test_pretraining(bases):
     close(*bases, "history-pretrain.jsonl", ["loss", "grad_norm", "tokens"])
+
+
+def test_pretraining_with_split_weights(folder, bases):
+    _, two = based(folder, "split", sharded=True)
+    close(bases[0], two, "history-pretrain.jsonl", ["loss", "grad_norm", "tokens"])
+    one, other = (hf.load(path).state_dict() for path in (bases[0], two))
+    for name, value in one.items():
+        assert value.dtype is other[name].dtype
+        torch.testing.assert_close(other[name], value, rtol=1e-2, atol=1e-3)
 
 
 def test_recovery(folder, bases):

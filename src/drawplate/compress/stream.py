@@ -8,6 +8,7 @@ kept, and a run that starts again ends with the same bytes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import floor
@@ -145,8 +146,8 @@ def survey(
             device = str(edits.placement(model)["device"])
             found: Grams = load_file(folder / "grams.safetensors", device=device)
             return found
-        except Damaged:
-            pass  # gathered anew and published in its place
+        except Damaged as error:
+            warnings.warn(f"{error}; second moments are gathered anew", stacklevel=2)
     grams = _gathered(model, tokens, where, watch, batch)
     if folder is not None:
         with publish(folder, "survey") as temporary:

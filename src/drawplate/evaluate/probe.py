@@ -5,7 +5,6 @@ What Python, the libraries and a first small model take is the baseline that mem
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import transformers
 
 from drawplate.core.errors import DrawplateError
 from drawplate.core.hf import load, save
+from drawplate.core.memory import peak_memory
 from drawplate.edits import Packed, materialized
 from drawplate.evaluate.cost import Machine, Probe
 from drawplate.model import ModelConfig, build
@@ -88,20 +88,10 @@ def _seconds(action: Callable[[], None], device: torch.device) -> float:
 
 
 def _peak(device: torch.device) -> int:
-    """Most bytes that this process has held so far, on the device or else in main memory.
-
-    Linux starts a process with its parent's `ru_maxrss`, so its own high-water mark is read instead
-    where /proc tells it.
-    """
+    """Most bytes that this process has held so far, on the device or else in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def settings(grow=3, hold=0, **given):
         "select": Every(),
         "critic": Critic(),
         "advantage": Egae(),
-        "window": Window(tokens=grow, hold=hold),
+        "window": Window(share=grow / LIMIT, hold=hold),
     }
     return Finetune(**(base | given))
 
@@ -89,7 +89,7 @@ def spied(t):
     return seen
 
 
-@pytest.mark.parametrize(("window", "hold"), [(2, 0), (3, 2), (4, 1), (20, 0)])
+@pytest.mark.parametrize(("window", "hold"), [(2, 0), (3, 2), (4, 1), (LIMIT, 0)])
 def test_as_long_as_the_policy_stays_windows_do_not_change_answers(window, hold):
     def ended(window, hold):
         t = task(settings(window, hold))
@@ -185,7 +185,7 @@ def test_remembered_and_kept_are_each_others_inverse():
         Answer(0, 0, 9, (3, 4, 5, 6), (-1.0, -2.0, -3.0)),
         Answer(1, 1, 4, (3, 4, 5, 6), (-1.0, -2.0)),
     ]
-    window = Window(tokens=3, hold=2)
+    window = Window(hold=2)
     (left,) = window.kept(answers, old, mask)
     assert left == Answer(0, 0, 9, (3, 4, 5, 6), (-2.0, -3.0), (3.0, 4.0))
     due = window.due(answers, mask)
@@ -440,7 +440,7 @@ def test_the_sampler_goes_on_where_it_stopped():
         ({"advantage": {"name": "rloo"}, "samples": 2}, "rloo does not ask for critic"),
         ({"select": {"name": "varied"}}, "set cuts .. and select every"),
         ({"cuts": (Outlier(),), "samples": 12}, "set cuts .. and select every"),
-        ({"window": {"tokens": 2, "hold": 2}}, "hold has to be below tokens"),
+        ({"window": {"share": 1.5}}, "less than or equal to 1"),
     ],
 )
 def test_refusals(change, words):

@@ -249,7 +249,7 @@ class Reinforce:
             drawn = sample(
                 self.model,
                 [[*self.prompts[chosen[row]], *begun[row].tokens] for row in mine],
-                max_new=[min(window.tokens, begun[row].left) for row in mine],
+                max_new=[window.most(begun[row]) for row in mine],
                 end=self.end,
                 temperature=how.temperature,
                 # Of the whole run, so that chance goes on where an answer stopped.

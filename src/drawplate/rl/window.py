@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from drawplate.core.method import Frozen
@@ -24,17 +23,15 @@ from drawplate.core.method import Frozen
 class Window(Frozen):
     """How far answers grow at a time."""
 
-    tokens: PositiveInt = 256
-    """Most tokens by which an answer grows in one batch of rollouts."""
+    share: float = Field(default=1 / 3, gt=0, le=1)
+    """Of an answer's limit: the most by which it grows in one batch of rollouts."""
     hold: int = Field(default=0, ge=0)
     """Last tokens before a cut that are learned from one batch later: their advantages, of few
     steps each, lean on the critic the most."""
 
-    @model_validator(mode="after")
-    def _moves(self) -> Self:
-        if self.hold >= self.tokens:
-            raise ValueError(f"hold has to be below tokens, which is {self.tokens}")
-        return self
+    def most(self, answer: Answer) -> int:
+        """Tokens by which an answer may grow now."""
+        return min(max(1, round(self.share * answer.limit)), answer.left)
 
     def due(self, answers: Sequence[Answer], mask: Tensor) -> Tensor:
         """Bool [B, T]: tokens that the policy learns from now, of all those in `mask`."""

@@ -10,9 +10,8 @@ from tests.test_rl_driver import END, PROMPTS, decode, even
 
 NAMES = [name for name in presets() if name.startswith("rl/")]
 DEFAULTS = Finetune().model_dump(mode="json")
-STEPS = 4  # an answer that grows by thirds is complete after three
+BATCHES = 3  # an answer that grows by thirds is complete after three
 SMALL = {
-    "steps": STEPS,
     "prompts": 3,
     "samples": 11,
     "length": {"name": "constant", "tokens": 6},
@@ -47,7 +46,8 @@ def test_the_recipes_of_the_papers_are_there():
 def test_real_steps(name, tmp_path):
     """From the file, through validation, to rollouts of a real decoder that change its weights."""
     tree = merge(DEFAULTS, preset(name)["finetune"])
-    how = validate(Finetune, merge(tree, SMALL), "finetune")
+    steps = BATCHES * tree.get("updates", 1)
+    how = validate(Finetune, merge(tree, SMALL | {"steps": steps}), "finetune")
     model = tiny.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     outcome = finetune(
@@ -63,7 +63,7 @@ def test_real_steps(name, tmp_path):
         work=tmp_path,
     )
     rows = read(outcome.metrics)
-    assert len(rows) == STEPS
+    assert len(rows) == steps
     assert all(value is not None for row in rows for value in row.values())
     after = model.state_dict()
     assert any(not torch.equal(after[key], value) for key, value in before.items())

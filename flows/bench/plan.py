@@ -29,7 +29,8 @@ BUDGET = {
     "finetune": ("steps", "prompts", "samples"),
     "evaluate": ("documents", "problems", "samples"),
 }
-"""Stage -> what every contender gets alike, whatever its preset asks for."""
+"""Stage -> what every contender gets alike, whatever its preset asks for. Steps of finetune count
+for as many as a batch of rollouts serves: sampling is what costs."""
 QUICK = {
     "pretrain": ("training.steps=60", "training.save_every=60"),
     "compress": ("calibration.rows=16", "recover=null"),
@@ -105,7 +106,12 @@ def _presets(stage: str, tree: Mapping[str, Any]) -> dict[str, Tree]:
     found = {USUAL: dict(tree)}
     for name, differences in presets().items():
         if set(differences) - {"paper"} == {stage}:
-            found[name.partition("/")[2]] = override(merge(tree, preset(name)), budget)
+            theirs = override(merge(tree, preset(name)), budget)
+            if stage == "finetune":
+                now = _at(made, ["updates"])
+                steps = _at(made, ["steps"]) * theirs[stage].get("updates", now) // now
+                theirs = override(theirs, [f"finetune.steps={steps}"])
+            found[name.partition("/")[2]] = theirs
     return found
 
 

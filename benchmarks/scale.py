@@ -38,6 +38,8 @@ STAGES = {
     },
 }
 VOCABULARY = 1024
+SLAB = 4096
+"""Columns of a Gram matrix that `core.linalg.output_error` converts at a time."""
 
 
 def scaled(hidden: int) -> Any:
@@ -68,19 +70,18 @@ def work(shape: Any, tokens: int, stage: str) -> float:
     return float(total)
 
 
-def memory(shape: Any, tokens: int, batches: int, stage: str) -> int:
+def memory(shape: Any, tokens: int, stage: str) -> int:
     """Most bytes at once, beside the libraries: weights and what gathering or the ledger holds."""
     weights = 2 * shape.parameters
     f, h = shape.feed_forward, shape.hidden
     sums = shape.gathering()
-    # The widest Gram matrix is added last: the new part and the new sum beside the old sums; a
-    # single batch is only converted from float32.
-    gather = sums + (2 * 8 * f * f if batches > 1 else 4 * f * f)
-    # Means beside the sums: a float64 quotient, and the float32 record of all.
-    record = sums + sums // 2 + 8 * f * f
-    # The ledger's error of down_proj: its Gram matrix in float64 beside all records, and the dense
-    # matrix, the difference and two products in float64.
-    ledger = sums // 2 + 8 * f * f + 4 * 8 * h * f + 2 * 4 * h * f
+    # The widest Gram matrix is added last, in float32, to the float64 sums of all.
+    gather = sums + 4 * f * f
+    # Records in float32 beside the sums.
+    record = sums + sums // 2
+    # The ledger's error of down_proj, beside all records: dense and difference in float64 and
+    # float32, a slab of its Gram matrix and its image in float64.
+    ledger = sums // 2 + 2 * 12 * h * f + 8 * min(SLAB, f) * (f + 2 * h)
     # GPTQ's inverse, five float64 matrices at its peak, beside all records and the weights.
     inverse = sums // 2 + 5 * 8 * f * f + 2 * 4 * h * f if stage == "quantize gptq" else 0
     states = 2 * shape.hidden_states(tokens, stored=2)
@@ -147,14 +148,14 @@ def measure(hidden: int, stage: str, rows: int, length: int, batch: int) -> dict
         command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
     shape = scaled(hidden)
-    tokens, batches = rows * length, -(-rows // batch)
+    tokens = rows * length
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row | {
         "hidden": hidden,
         "feed_forward": shape.feed_forward,
         "stage": stage,
         "tokens": tokens,
-        "formula": memory(shape, tokens, batches, stage),
+        "formula": memory(shape, tokens, stage),
         "macs": work(shape, tokens, stage),
     }
 

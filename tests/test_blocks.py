@@ -6,7 +6,8 @@ import torch
 from pydantic import BaseModel
 
 from drawplate import edits
-from drawplate.core import hf
+from drawplate.core import hf, linalg
+from drawplate.core import stats as statistics
 from drawplate.core.blocks import Outcome, walk
 from drawplate.core.errors import NotFinite, UserError
 from drawplate.core.stats import PARTS, Gather
@@ -163,6 +164,28 @@ def test_the_head_is_visited_with_its_own_inputs(kind):
     rows = x[0].reshape(-1, x[0].shape[-1]).double()
     torch.testing.assert_close(stats.gram.double(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
     assert model.get_submodule(path) is model.get_output_embeddings()
+
+
+def test_sums_and_errors_by_slabs_are_those_of_whole_matrices(monkeypatch):
+    monkeypatch.setattr(statistics, "_SLAB", 3)
+    monkeypatch.setattr(linalg, "_SLAB", 3)
+    batches = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
+    gather = Gather(PARTS)
+    for batch in batches:
+        gather.add(batch)
+    found, x = gather.stats(), batches.flatten(0, 1).double()
+    for part, whole in {
+        "gram": x.T @ x / len(x),
+        "mean": x.mean(0),
+        "absmean": x.abs().mean(0),
+        "peak": x.abs().amax(0),
+    }.items():
+        got = getattr(found, part)
+        assert got.dtype is torch.float32
+        torch.testing.assert_close(got.double(), whole, rtol=1e-6, atol=1e-7)
+    matrix = x[:7]
+    error = ((matrix @ found.gram.double()) * matrix).sum()
+    torch.testing.assert_close(linalg.output_error(matrix, found.gram), error)
 
 
 def test_nan_is_named():

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from drawplate.core.errors import NotFinite, UserError
 
+_SLAB = 4096
+"""Columns of a Gram matrix that are converted at a time."""
+
 
 def require_finite(what: str, *tensors: Tensor) -> None:
     """Raises `NotFinite` naming `what` where any of `tensors` holds NaN or infinity."""
@@ -100,6 +103,10 @@ def energies(matrix: Tensor) -> Tensor:
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:
-    """E |D x|^2 = trace(D G D^T), D [O, I], G = E x x^T [I, I] -> float64 scalar, at least 0."""
-    image = difference @ gram.to(difference.dtype)
-    return (image * difference).sum(dtype=torch.float64).clamp(min=0)
+    """E |D x|^2 = trace(D G D^T), D [O, I], G = E x x^T [I, I] -> float64 scalar, at least 0.
+
+    Columns of G are converted to D's dtype a slab at a time.
+    """
+    slabs = zip(gram.split(_SLAB, 1), difference.split(_SLAB, 1), strict=True)
+    images = (((difference @ g.to(d.dtype)) * d).sum(dtype=torch.float64) for g, d in slabs)
+    return torch.stack(list(images)).sum().clamp(min=0)

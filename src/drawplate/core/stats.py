@@ -30,6 +30,8 @@ class Stats:
 
 
 PARTS = frozenset({"gram", "mean", "absmean", "peak"})
+_SLAB = 1024
+"""Rows of a sum that are converted at a time: a whole Gram matrix more would be the peak."""
 
 
 class Gather:
@@ -54,22 +56,30 @@ class Gather:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.count += len(rows)
         if "gram" in self.needs:
-            self._sum("gram", gram(rows).double())
+            self._sum("gram", gram(rows))
         if "mean" in self.needs:
-            self._sum("mean", rows.sum(0).double())
+            self._sum("mean", rows.sum(0))
         if "absmean" in self.needs:
-            self._sum("absmean", rows.abs().sum(0).double())
+            self._sum("absmean", rows.abs().sum(0))
         if "peak" in self.needs:
             peak = rows.abs().amax(0)
             self.sums["peak"] = torch.maximum(self.sums.get("peak", peak), peak)
 
     def _sum(self, part: str, value: Tensor) -> None:
-        self.sums[part] = self.sums[part] + value if part in self.sums else value
+        total = self.sums.setdefault(part, torch.zeros_like(value, dtype=torch.float64))
+        for mine, more in zip(total.split(_SLAB), value.split(_SLAB), strict=True):
+            mine.add_(more)
 
     def stats(self) -> Stats:
         """The record of all batches so far."""
         means = {
-            part: (value if part == "peak" else value / self.count).float()
+            part: value if part == "peak" else self._mean(value)
             for part, value in self.sums.items()
         }
         return Stats(count=self.count, **means)
+
+    def _mean(self, total: Tensor) -> Tensor:
+        mean = torch.empty_like(total, dtype=torch.float32)
+        for mine, sums in zip(mean.split(_SLAB), total.split(_SLAB), strict=True):
+            mine.copy_(sums / self.count)
+        return mean

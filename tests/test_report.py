@@ -260,6 +260,13 @@ def test_a_single_model_without_a_story_makes_a_page(evaluation):
     assert ids.isdisjoint({"verdicts", "training", "ledgers", "lineage"})
 
 
+def test_a_model_that_ran_plain_is_named_with_the_reason(evaluation, html):
+    unfit = {evaluation.report.rows[0].name: "no <factors>"}
+    told = replace(evaluation, report=evaluation.report.model_copy(update={"unfit": unfit}))
+    assert "ran plain" not in html
+    assert "ran plain, without plain: no &lt;factors&gt;" in page(told, Story())
+
+
 def test_a_series_needs_steps(evaluation):
     with pytest.raises(UserError, match="series of finetune has a row without a step"):
         page(evaluation, Story(series={"finetune": [{"loss": 1.0}]}))

@@ -82,6 +82,7 @@ def page(evaluation: Evaluation, story: Story) -> str:
         "pairs": report.pairs,
         "params": params,
         "machine": report.machine,
+        "unfit": report.unfit,
         "checkups": report.checkups,
         "verdicts": {
             pair.child: {one.metric: one for one in pair.comparisons} for pair in report.pairs

@@ -336,14 +336,14 @@ class Reinforce:
             text, inside = _wide(text), rollout.reach
         forward = [(text[rows], inside[rows]) for rows in pieces if len(rows)]
         for tokens, mask in forward:
-            logp, _, hidden = look(self.model, tokens, mask, how.temperature)
+            logp, hidden = look(self.model, tokens, mask, how.temperature)
             figures["old"].append(logp.cpu())
             if self.critic is not None:
                 figures["value"].append(spread(self.critic.values(hidden), mask).cpu())
         if how.penalties:
             with self._started(), materialized(self.model, whole=True):
                 for tokens, mask in forward:
-                    logp = judge(self.model, tokens, mask, how.temperature)[0]
+                    logp, _ = look(self.model, tokens, mask, how.temperature)
                     figures["reference"].append(logp.cpu())
         whole = {name: self.world.gather(parts) for name, parts in figures.items()}
         wide = {name: torch.cat(parts).to(text.device) for name, parts in whole.items() if parts}

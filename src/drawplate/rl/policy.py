@@ -31,19 +31,20 @@ def judge(
     Integer tokens [B, T], bool mask [B, T] that leaves out column 0 -> 2 x [B, T], in nats, zero
     outside the mask.
     """
-    return look(model, tokens, mask, temperature)[:2]
-
-
-def look(
-    model: PreTrainedModel, tokens: Tensor, mask: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `judge` gives, and the hidden state that predicts each answer token, [N, H]."""
     hidden, head = _before(model, tokens, mask, temperature)
     logp = -token_losses(hidden, head, tokens[mask])
     with torch.no_grad():
         some = torch.split(hidden, ROWS)
         entropy = torch.cat([torch.special.entr(head(h).softmax(-1)).sum(-1) for h in some])
-    return spread(logp, mask), spread(entropy, mask), hidden
+    return spread(logp, mask), spread(entropy, mask)
+
+
+def look(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities as `judge` gives, and the hidden state that predicts each token, [N, H]."""
+    hidden, head = _before(model, tokens, mask, temperature)
+    return spread(-token_losses(hidden, head, tokens[mask]), mask), hidden
 
 
 def _before(

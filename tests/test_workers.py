@@ -13,6 +13,7 @@ import time
 from datetime import timedelta
 
 import pytest
+from browser import CHROMIUM, Browser
 from workers_cases import ROOT, Farm, alive, git, until
 
 from flows.slots import LEASE
@@ -505,6 +506,36 @@ def test_a_schedule_fires_and_its_run_is_rehearsed_first(farm):
     (begun,) = starts(farm, "prepare", 95)
     rehearsals = farm.children("preflight", flow="preflight")
     assert any(one.end_time.timestamp() <= begun["time"] for one in rehearsals if one.end_time)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+def test_a_walk_through_prefects_pages(farm):
+    """Deployments, the form of one, a run with its stages, and what these leave to read."""
+    branch = farm.branch("walked", pretrain_seed=91)
+    run = farm.ask(name="walked", targets=["pretrain"], revision=branch)
+    assert farm.wait(run).is_completed()
+    home = f"http://127.0.0.1:{farm.port}"
+    with farm.client() as client:
+        asked = client.read_deployment_by_name("pipeline/on-demand").id
+        left = {a.key: a.id for a in sorted(client.read_artifacts(), key=lambda a: a.created)}
+    stage = farm.children("pretrain")[-1].id
+    walk = {
+        f"{home}/deployments": ["on-demand", "nightly", "sweep", "At 03:00 AM"],
+        f"{home}/deployments/deployment/{asked}/run": ["revision", "targets", "preflight"],
+        f"{home}/runs/flow-run/{run}": ["Completed", "prepare", "pretrain"],
+        f"{home}/artifacts/artifact/{left['stages']}": ["dvc exp apply walked", "pretrain"],
+        f"{home}/runs/flow-run/{stage}": ["Completed"],
+        f"{home}/artifacts/artifact/{left['pretrain-train']}": ["train 3/3"],
+    }
+    login = "localStorage.setItem('prefect-password', btoa('{}'))"
+    with Browser(farm.folder / "browser", login.format("drawplate:test")) as browser:
+        for address, expected in walk.items():
+            browser.see(address, expected)
+    # The control: without the password there is nothing to see.
+    stranger = Browser(farm.folder / "stranger", login.format("drawplate:wrong"))
+    with stranger as browser, pytest.raises(AssertionError, match="lacks"):
+        browser.see(f"{home}/deployments", ["on-demand"], seconds=30)
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ class Farm:
             "PREFECT_API_AUTH_STRING": "drawplate:test",
             "PREFECT_SERVER_API_AUTH_STRING": "drawplate:test",
             **SERVER,
-            "PREFECT_SERVER_UI_ENABLED": "false",
+            "PREFECT_UI_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS": "2",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "DO_NOT_TRACK": "true",

@@ -6,6 +6,7 @@ import torch
 
 os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # with one, its default on two cores, it refuses to start
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from safetensors.torch import save_file
 from turns import Settings, Turns, rows
 
@@ -28,6 +29,10 @@ def main() -> None:
         model.quantize(data, batch_size=settings.batch, backend=BACKEND.TORCH)
         turns.done()
         found = dict(model.model.named_modules())
+        for name in settings.layers:
+            module = found[name]
+            if module.qzero_format() == 1:  # zero points are stored less one, which decoding is not
+                convert_gptq_v1_to_v2_format_module(module, module.bits, module.pack_dtype)
         dense = {name: found[name].dequantize_weight().T.float() for name in settings.layers}
         save_file({name: w.contiguous() for name, w in dense.items()}, settings.weights)
 

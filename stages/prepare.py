@@ -7,7 +7,7 @@ import json
 from drawplate.core.method import Frozen
 from drawplate.data.prepare import Prepare, PrepareReport
 from drawplate.data.prepare import prepare as make
-from stages.run import Run, Stage, main
+from stages.run import Run, Stage, device_of, main
 
 
 class Inputs(Frozen):
@@ -16,17 +16,21 @@ class Inputs(Frozen):
 
 def body(params: Prepare, inputs: Inputs, run: Run) -> PrepareReport:
     """Writes the corpus; raises where held-out problems occur in training text."""
-    report = make(params, run.folder, run.part("prepare"), run.work, run.execution.engine)
+    device = device_of(run) if params.folders else "cpu"
+    watch, engine = run.part("prepare"), run.execution.engine
+    report = make(params, run.folder, watch, run.work, engine, device, run.part)
     facts = json.loads((run.folder / "corpus.json").read_bytes())
     run.sources |= {
         f"{number} {source['name']}": json.dumps(source["origin"], sort_keys=True)
         for number, source in enumerate(facts["sources"])
     }
     run.artifacts += ["contamination.json", "corpus.json"]
+    if params.synthetic is not None:
+        run.artifacts.append("synthetic.json")
     return report
 
 
-prepare = Stage("prepare", Prepare, Inputs, body, "corpus")
+prepare = Stage("prepare", Prepare, Inputs, body, "corpus", named=lambda params: params.folders)
 
 if __name__ == "__main__":
     main(prepare, "Text and reasoning problems -> tokens, tokenizer, task sets.")

@@ -150,6 +150,8 @@ class Stage(Generic[P, I, R]):
     """Kind of artifact that the output is: corpus, model or report."""
     together: bool = False
     """Whether it trains, in as many processes as `execution` says."""
+    named: Callable[[P], Mapping[str, Path]] = lambda params: {}
+    """Further folders that parameters name, by role; what lies in them is part of the identity."""
 
     def __call__(
         self,
@@ -195,7 +197,7 @@ class Stage(Generic[P, I, R]):
         from drawplate.core.artifact import publish, read_manifest
 
         threads = _threads(execution, world)
-        folders = _folders(inputs)
+        folders = {**_folders(inputs), **self.named(params)}
         node = lineage.Node(
             stage=self.name,
             params=params.model_dump(mode="json"),

@@ -9,7 +9,8 @@ never.
 
 Texts are taken from the longest to the shortest, equal lengths by hash, and a text is dropped when
 one that was kept before is near. So the outcome depends on the set of texts and not on their order,
-no two kept texts that were compared are near, and running it again removes nothing.
+no two kept texts that were compared are near, and running it again removes nothing. Texts that such
+a run kept can be given as standing ones, which are taken before all others.
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ class Duplicates(Frozen):
     window: PositiveInt = 5
     """Words in a window; a shorter text is one window."""
 
-    def find(self, texts: Sequence[str]) -> dict[int, Repeat]:
-        """Index of every text to drop -> the index of the one that stays."""
+    def find(self, texts: Sequence[str], standing: int = 0) -> dict[int, Repeat]:
+        """Index of every text to drop -> the index of the one that stays.
+
+        The first `standing` texts are what an earlier call kept.
+        """
         repeats: dict[int, Repeat] = {}
         first: dict[str, int] = {}
         for index, text in enumerate(texts):
@@ -56,7 +60,7 @@ class Duplicates(Frozen):
         sets = {index: self._set(hasher, text) for text, index in first.items()}
         bands = MinHashLSH(num_perm=_SIGNATURE, params=self._bands())
         blank = MinHash(num_perm=_SIGNATURE, hashfunc=int)
-        for index in sorted(sets, key=lambda i: _rank(texts[i])):
+        for index in sorted(sets, key=lambda i: (i >= standing, *_rank(texts[i]))):
             signature = blank.copy()
             signature.update_batch(sets[index] >> np.uint64(32))
             near = (

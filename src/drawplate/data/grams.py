@@ -53,3 +53,21 @@ def windows(hashes: Hashes, size: int) -> Hashes:
     for shift in range(size):
         total = total * _FACTOR + hashes[shift : shift + count]
     return total
+
+
+def repeated(seen: Sequence[str], window: int) -> float:
+    """Share of the windows of so many words that stood further left before."""
+    runs = [tuple(seen[start : start + window]) for start in range(len(seen) - window + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def in_order(one: Sequence[str], other: Sequence[str]) -> int:
+    """Words of the longest common subsequence, a row of the table as the bits of one number."""
+    places: dict[str, int] = {}
+    for place, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << place
+    row = full = (1 << len(one)) - 1
+    for word in other:
+        met = row & places.get(word, 0)
+        row = (row + met | row - met) & full
+    return len(one) - row.bit_count()

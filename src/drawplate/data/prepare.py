@@ -5,16 +5,22 @@
 The steps: read and vet (quarantine.jsonl), drop repeats (duplicates.jsonl), split by hash, make the
 problems, search the training data for held-out problems (contamination.json), train or adopt the
 tokenizer, write the streams. Everything written is a function of the parameters and the sources.
+
+With `synthetic`, a model makes further texts from the training texts (synthetic.jsonl says from
+which and in which round, synthetic.json what came of the rounds). They count as read and go the
+same way: vetted, compared with all texts and among one another, searched for held-out problems.
+What is left of them is training text, never held-out text, and no text of a source is dropped for
+one of them.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -36,8 +42,12 @@ from drawplate.data.contamination import Contaminated, in_problems, in_texts
 from drawplate.data.duplicates import Duplicates, Repeat
 from drawplate.data.engine import Engine, Here
 from drawplate.data.source import Bad, Document, Source, vet
+from drawplate.data.synthetic import Synthetic
 from drawplate.data.task import Problem, Style, Task, allot
 from drawplate.data.tokenizer import SMALLEST, adopt, encode, train
+
+if TYPE_CHECKING:
+    import torch
 
 STEPS = 6
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -70,17 +80,24 @@ class Prepare(Frozen):
     """Words in a row that a text may not share with a held-out problem, or the whole problem."""
     contaminated_text: Literal["refuse", "drop"] = "refuse"
     """Whether a text that asks a held-out problem stops the preparation or is left out."""
+    synthetic: Annotated[Synthetic, OneOf()] | None = None
+    """How a model makes more training texts; null: none are made."""
     tokenizer: Path | None = None
     """Folder of a tokenizer to adopt; without one, a tokenizer is trained."""
     vocabulary: Annotated[int, Field(ge=SMALLEST)] = 4096
     """Most tokens of a tokenizer that is trained."""
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Models that are read, by their role."""
+        return {} if self.synthetic is None else {"writer": self.synthetic.model}
 
 
 class PrepareReport(Frozen):
     """What came of it."""
 
     read: int
-    """Records met in all sources."""
+    """Records met in all sources, and texts that a model made."""
     kept: int
     """Texts that are training or held-out text."""
     quarantined: int
@@ -90,6 +107,8 @@ class PrepareReport(Frozen):
     """Texts that repeat a kept one; duplicates.jsonl says which."""
     contaminated: int
     """Texts left out because they ask a held-out problem."""
+    synthetic: int
+    """Training texts that a model made."""
     train_texts: int
     heldout_texts: int
     train_bytes: int
@@ -115,31 +134,45 @@ class PrepareReport(Frozen):
     """Bounds on the held-out text that a model has to beat."""
 
 
+class Added(NamedTuple):
+    """Texts that a model made, and what became of them."""
+
+    read: int = 0
+    kept: Sequence[Document] = ()
+    bad: Sequence[Bad] = ()
+    told: Sequence[dict[str, Any]] = ()
+    """Rows of duplicates.jsonl."""
+    contaminated: int = 0
+
+
 def prepare(
     params: Prepare,
     folder: Path,
     watch: Watch = silent,
     work: Path | None = None,
     engine: Engine | None = None,
+    device: torch.device | str = "cpu",
+    part: Callable[[str], Watch] = lambda label: silent,
 ) -> PrepareReport:
     """Write a corpus into the existing, empty `folder`; `drawplate.core.corpus` reads it.
 
     Sources are read in parts, by `engine`, which keeps finished ones in `work`; without the one
-    they are read here, without the other nothing is kept.
+    they are read here, without the other nothing is kept. A model that makes texts does so on
+    `device`, goes on from its checkpoints in `work`, and tells the watch of each `part` of its
+    work how far it is.
 
     Raises:
-        UserError: a source, task or tokenizer is not as the parameters say, or leaves no text.
+        UserError: a source, task, tokenizer or model is not as the parameters say, or leaves no
+            text.
         Contaminated: training data holds a held-out problem.
     """
     with tempfile.TemporaryDirectory() as nowhere:
         read, documents, bad = _read(params, engine or Here(), work or Path(nowhere))
-    write_lines(folder / "quarantine.jsonl", (record._asdict() for record in bad))
     watch(1, STEPS, {"read": read, "quarantined": len(bad)})
 
     repeats = params.duplicates.find([document.text for document in documents])
-    write_lines(folder / "duplicates.jsonl", _told(documents, repeats))
-    exact = sum(repeat.exact for repeat in repeats.values())
-    watch(2, STEPS, {"exact_duplicates": exact, "near_duplicates": len(repeats) - exact})
+    told = list(_told(documents, repeats))
+    watch(2, STEPS, _split_repeats(told))
 
     texts: dict[Split, list[Document]] = {"train": [], "heldout": []}
     for index, document in enumerate(documents):
@@ -157,7 +190,17 @@ def prepare(
                 f"prepare.sources: no {split} text is left of {read} records ({len(bad)} "
                 f"quarantined, {len(repeats)} duplicates); give more text or another heldout_text"
             )
-    watch(4, STEPS, {"contaminated": len(asking)})
+    added = Added()
+    if params.synthetic is not None:
+        with tempfile.TemporaryDirectory() as nowhere:
+            place = work or Path(nowhere)
+            added = _add(params, params.synthetic, texts, problems, folder, place, device, part)
+    texts["train"] += added.kept
+    told += added.told
+    write_lines(folder / "quarantine.jsonl", (row._asdict() for row in [*bad, *added.bad]))
+    write_lines(folder / "duplicates.jsonl", told)
+    contaminated = len(asking) + added.contaminated
+    watch(4, STEPS, {"contaminated": contaminated, "synthetic": len(added.kept)})
 
     asked = {split: _solve(params, found) for split, found in problems.items()}
     pairs: dict[str, list[tuple[str, str]]] = {}
@@ -183,12 +226,12 @@ def prepare(
     }
     size = {split: sum(len(text.encode()) for text in raw[split]) for split in SPLITS}
     report = PrepareReport(
-        read=read,
+        read=read + added.read,
         kept=len(raw["train"]) + len(raw["heldout"]),
-        quarantined=len(bad),
-        exact_duplicates=exact,
-        near_duplicates=len(repeats) - exact,
-        contaminated=len(asking),
+        quarantined=len(bad) + len(added.bad),
+        **_split_repeats(told),
+        contaminated=contaminated,
+        synthetic=len(added.kept),
         train_texts=len(raw["train"]),
         heldout_texts=len(raw["heldout"]),
         train_bytes=size["train"],
@@ -251,6 +294,62 @@ def _told(documents: Sequence[Document], repeats: Mapping[int, Repeat]) -> Itera
         }
 
 
+def _split_repeats(told: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    exact = sum(row["exact"] for row in told)
+    return {"exact_duplicates": exact, "near_duplicates": len(told) - exact}
+
+
+def _add(
+    params: Prepare,
+    how: Synthetic,
+    texts: Mapping[Split, Sequence[Document]],
+    problems: Mapping[Split, Sequence[Problem]],
+    folder: Path,
+    work: Path,
+    device: torch.device | str,
+    part: Callable[[str], Watch],
+) -> Added:
+    """Makes texts from the training texts and leads them the way of all records.
+
+    One that asks a held-out problem is left out whatever `contaminated_text` says, since there is
+    no source from which to take it.
+    """
+    from drawplate.data.synthesis import synthesize  # loads transformers
+
+    made = synthesize(how, texts["train"], params.seed, work, device, part)
+    write_lines(
+        folder / "synthetic.jsonl",
+        ({"text": text.text, "model": made.model, **text._asdict()} for text in made.texts),
+    )
+    told = {"model": made.model, "rounds": [each.model_dump() for each in made.rounds]}
+    (folder / "synthetic.json").write_text(json.dumps(told, indent=2) + "\n", encoding="ascii")
+
+    numbered = enumerate((text.text for text in made.texts), 1)
+    records = [
+        vet(Document(text, "synthetic.jsonl", line), params.longest) for line, text in numbered
+    ]
+    good = [record for record in records if isinstance(record, Document)]
+    standing = [*texts["train"], *texts["heldout"]]
+    together = [*standing, *good]
+    repeats = params.duplicates.find([each.text for each in together], len(standing))
+    new = [each for place, each in enumerate(good, len(standing)) if place not in repeats]
+
+    path, heldout = folder / "contamination.json", problems["heldout"]
+    asked = in_texts(heldout, [each.text for each in new], params.window)
+    account = json.loads(path.read_bytes())
+    account["training_texts"] += len(new)
+    account["found"] += _shown((heldout[hit.problem], _where(new[hit.place])) for hit in asked)
+    _write_account(path, account)
+    asking = {hit.place for hit in asked}
+    return Added(
+        read=len(records),
+        kept=[each for place, each in enumerate(new) if place not in asking],
+        bad=[record for record in records if isinstance(record, Bad)],
+        told=list(_told(together, repeats)),
+        contaminated=len(asking),
+    )
+
+
 def _chance(*parts: int | str) -> float:
     """A number in [0, 1) that depends on the parts alone."""
     return seed_of(*parts) / 2**63
@@ -286,16 +385,16 @@ def _gate(
     found = [
         (heldout[hit.problem], f"training problem {training[hit.place].id}") for hit in repeated
     ]
-    found += [(heldout[h.problem], f"{texts[h.place].file}:{texts[h.place].line}") for h in asked]
+    found += [(heldout[hit.problem], _where(texts[hit.place])) for hit in asked]
     account = {
         "heldout_problems": len(heldout),
         "training_problems": len(training),
         "training_texts": len(texts),
         "window": params.window,
         "contaminated_text": params.contaminated_text,
-        "found": [{"task": p.task, "prompt": p.prompt, "place": place} for p, place in found],
+        "found": _shown(found),
     }
-    path.write_text(json.dumps(account, indent=2) + "\n", encoding="ascii")
+    _write_account(path, account)
     if repeated or (asked and params.contaminated_text == "refuse"):
         count = len({problem.id for problem, _ in found})
         first = "; ".join(f"{p.prompt.strip()!r} in {place}" for p, place in found[:3])
@@ -304,6 +403,18 @@ def _gate(
             "take them out of the sources, or set prepare.contaminated_text to drop"
         )
     return {hit.place for hit in asked}
+
+
+def _where(text: Document) -> str:
+    return f"{text.file}:{text.line}"
+
+
+def _shown(found: Iterable[tuple[Problem, str]]) -> list[dict[str, str]]:
+    return [{"task": p.task, "prompt": p.prompt, "place": place} for p, place in found]
+
+
+def _write_account(path: Path, account: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(account, indent=2) + "\n", encoding="ascii")
 
 
 def _solve(params: Prepare, problems: Sequence[Problem]) -> list[dict[str, Any]]:

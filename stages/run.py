@@ -151,7 +151,7 @@ class Stage(Generic[P, I, R]):
     together: bool = False
     """Whether it trains, in as many processes as `execution` says."""
     named: Callable[[P], Mapping[str, Path]] = lambda params: {}
-    """Further folders that parameters name, by role; what lies in them is part of the identity."""
+    """Further input folders, those that parameters name, by the dotted key that does."""
 
     def __call__(
         self,
@@ -197,7 +197,7 @@ class Stage(Generic[P, I, R]):
         from drawplate.core.artifact import publish, read_manifest
 
         threads = _threads(execution, world)
-        folders = {**_folders(inputs), **self.named(params)}
+        folders = _folders(inputs) | _named(self.named(params))
         node = lineage.Node(
             stage=self.name,
             params=params.model_dump(mode="json"),
@@ -267,6 +267,14 @@ def _folders(inputs: Frozen) -> dict[str, Path]:
                 raise UserError(f"two inputs are called {name!r}; give folders of different names")
             found[name] = folder
     return found
+
+
+def _named(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """Last part of the key that names a folder -> the folder, which has to be there."""
+    for key, folder in folders.items():
+        if not folder.is_dir():
+            raise UserError(f"{key}: {folder} does not exist; name a folder")
+    return {key.rsplit(".", 1)[-1]: folder for key, folder in folders.items()}
 
 
 def _was_stopped(error: BaseException) -> bool:

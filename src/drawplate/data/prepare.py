@@ -89,8 +89,8 @@ class Prepare(Frozen):
 
     @property
     def folders(self) -> dict[str, Path]:
-        """Models that are read, by their role."""
-        return {} if self.synthetic is None else {"writer": self.synthetic.model}
+        """Folders of models that are read, by the key that names them."""
+        return {} if self.synthetic is None else {"prepare.synthetic.model": self.synthetic.model}
 
 
 class PrepareReport(Frozen):

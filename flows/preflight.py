@@ -121,6 +121,22 @@ def players(stages: Sequence[str], root: Path, folder: Path) -> Iterator[dict[st
         yield found
 
 
+def _fewer_texts(how: Any, share: float) -> Tree:
+    """The section of what a model makes, with a share of its steps, and of its texts in one round.
+
+    One round learns from no text that it kept, which after so few steps may be none.
+    """
+    if how is None:
+        return {}
+    steps = how.warm + (how.rounds - 1) * how.updates
+    less = {
+        "rounds": 1,
+        "documents": math.ceil(share * how.rounds * how.documents),
+        "warm": math.ceil(share * steps),
+    }
+    return {"synthetic": {**how.model_dump(mode="json"), **less}}
+
+
 class Rehearsal:
     """The rehearsals of all stages, one after the other, and what follows from them."""
 
@@ -227,6 +243,7 @@ class Rehearsal:
                     max(math.ceil(problems * params.heldout_problems), least),
                     params.heldout_problems,
                 ),
+                **_fewer_texts(params.synthetic, problems),
             }
             answer = player.ask(
                 "prepare",

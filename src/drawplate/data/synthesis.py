@@ -298,13 +298,6 @@ class Lengthen(NextToken):
         """Both roles' pairs from what round `number` kept."""
         how = self.how
         texts = [text for text in self.texts if text.round == number]
-        if not texts:
-            told = self.rounds[number]
-            raise UserError(
-                f"prepare.synthetic: none of {told.asked} texts of round {number} was kept, so "
-                f"there is nothing to learn from: responses refused {told.unwritten}, lengthened "
-                f"ones refused {told.refused}; raise warm, or loosen what is refused"
-            )
         lengths = [len(words(text.longer)) for text in texts]
         chosen = how.learned(lengths, self._chances(len(texts), "learned", number))
         pairs = []
@@ -318,6 +311,13 @@ class Lengthen(NextToken):
                 prompt = self._prompt(role, instruction=text.instruction, response=short)
                 if len(prompt) + len(rest) <= self.context:
                     pairs.append((prompt, rest))
+        if not pairs:
+            told = self.rounds[number]
+            raise UserError(
+                f"prepare.synthetic: none of {told.asked} texts of round {number} was kept, so "
+                f"there is nothing to learn from: responses refused {told.unwritten}, lengthened "
+                f"ones refused {told.refused}; raise warm, or loosen what is refused"
+            )
         return pairs
 
     def _lengthened(

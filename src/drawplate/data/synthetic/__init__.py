@@ -55,7 +55,8 @@ class Synthetic(Method):
 
     model: Path = Path("models/writer")
     """Folder of the Hugging Face decoder that writes. One that the pipeline made has to be copied
-    to a place that no stage writes to."""
+    to a place that no stage writes to. DVC runs the stage again when the path changes, and when
+    what lies there changes if dvc.yaml lists the folder among the stage's `deps`."""
     generator: str = "Write at length.\n\n{instruction}\n\n"
     """How the Generator is asked. Special tokens in the template are taken as such; in texts they
     are plain text."""

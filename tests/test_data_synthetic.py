@@ -266,7 +266,7 @@ OTHER = {
     "lead": 1.0,
     "factor": 2.0,
     "endings": "!",
-    "window": 25,
+    "window": 4,
     "most_repeated": 0.1,
     "kept": 1.0,
     "left_out": 0.9,

@@ -200,7 +200,7 @@ def prepare(
     write_lines(folder / "quarantine.jsonl", (row._asdict() for row in [*bad, *added.bad]))
     write_lines(folder / "duplicates.jsonl", told)
     contaminated = len(asking) + added.contaminated
-    watch(4, STEPS, {"contaminated": contaminated, "synthetic": len(added.kept)})
+    watch(4, STEPS, {"contaminated": contaminated})
 
     asked = {split: _solve(params, found) for split, found in problems.items()}
     pairs: dict[str, list[tuple[str, str]]] = {}

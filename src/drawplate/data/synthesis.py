@@ -15,10 +15,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
 
 from drawplate.core import hf
 from drawplate.core.batches import IGNORE, Batch
@@ -34,6 +33,9 @@ from drawplate.model.sample import sample
 from drawplate.train.language import NextToken
 from drawplate.train.loop import train
 from drawplate.train.loss import check_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Pair = tuple[list[int], list[int]]
 """Tokens of a prompt, and those behind it that are learned, or with which an answer begins."""

@@ -67,7 +67,7 @@ class Gather:
 
     def _sum(self, part: str, value: Tensor) -> None:
         total = self.sums.setdefault(part, torch.zeros_like(value, dtype=torch.float64))
-        for mine, more in zip(total.split(_SLAB), value.split(_SLAB), strict=True):
+        for mine, more in zip(torch.split(total, _SLAB), torch.split(value, _SLAB), strict=True):
             mine.add_(more)
 
     def stats(self) -> Stats:
@@ -80,6 +80,6 @@ class Gather:
 
     def _mean(self, total: Tensor) -> Tensor:
         mean = torch.empty_like(total, dtype=torch.float32)
-        for mine, sums in zip(mean.split(_SLAB), total.split(_SLAB), strict=True):
+        for mine, sums in zip(torch.split(mean, _SLAB), torch.split(total, _SLAB), strict=True):
             mine.copy_(sums / self.count)
         return mean

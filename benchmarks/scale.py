@@ -95,7 +95,7 @@ def one(hidden: int, stage: str, rows: int, length: int, batch: int, only: list[
 
     from drawplate import settings
     from drawplate.compress.driver import Compress, compress
-    from drawplate.forecast.machine import peak_memory
+    from drawplate.core.memory import peak_memory
     from drawplate.quantize.driver import Quantize, quantize
 
     def build(shape: Any) -> Any:

@@ -522,7 +522,7 @@ def test_a_walk_through_prefects_pages(farm):
     stage = farm.children("pretrain")[-1].id
     walk = {
         f"{home}/deployments": ["on-demand", "nightly", "sweep", "At 03:00 AM"],
-        f"{home}/deployments/deployment/{asked}/run": ["revision", "targets", "preflight"],
+        f"{home}/deployments/deployment/{asked}/run": ["Revision", "Targets", "Preflight"],
         f"{home}/runs/flow-run/{run}": ["Completed", "prepare", "pretrain"],
         f"{home}/artifacts/artifact/{left['stages']}": ["dvc exp apply walked", "pretrain"],
         f"{home}/runs/flow-run/{stage}": ["Completed"],

@@ -66,8 +66,11 @@ class Gather:
             self.sums["peak"] = torch.maximum(self.sums.get("peak", peak), peak)
 
     def _sum(self, part: str, value: Tensor) -> None:
-        total = self.sums.setdefault(part, torch.zeros_like(value, dtype=torch.float64))
-        for mine, more in zip(torch.split(total, _SLAB), torch.split(value, _SLAB), strict=True):
+        if part not in self.sums:
+            self.sums[part] = torch.zeros_like(value, dtype=torch.float64)
+        for mine, more in zip(
+            torch.split(self.sums[part], _SLAB), torch.split(value, _SLAB), strict=True
+        ):
             mine.add_(more)
 
     def stats(self) -> Stats:

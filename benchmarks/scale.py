@@ -38,8 +38,6 @@ STAGES = {
     },
 }
 VOCABULARY = 1024
-SLAB = 4096
-"""Columns of a Gram matrix that `core.linalg.output_error` converts at a time."""
 
 
 def scaled(hidden: int) -> Any:
@@ -72,6 +70,8 @@ def work(shape: Any, tokens: int, stage: str) -> float:
 
 def memory(shape: Any, tokens: int, stage: str) -> int:
     """Most bytes at once, beside the libraries: weights and what gathering or the ledger holds."""
+    from drawplate.core.linalg import SLAB
+
     weights = 2 * shape.parameters
     f, h = shape.feed_forward, shape.hidden
     sums = shape.gathering()

@@ -168,7 +168,7 @@ def test_the_head_is_visited_with_its_own_inputs(kind):
 
 def test_sums_and_errors_by_slabs_are_those_of_whole_matrices(monkeypatch):
     monkeypatch.setattr(statistics, "_SLAB", 3)
-    monkeypatch.setattr(linalg, "_SLAB", 3)
+    monkeypatch.setattr(linalg, "SLAB", 3)
     batches = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
     gather = Gather(PARTS)
     for batch in batches:

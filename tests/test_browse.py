@@ -10,6 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.tracking import client, drain, experiment
+from tests.browser import CHROMIUM
 from tests.test_tracking import DONE, computed, project, report, template  # noqa: F401
 from tests.tracking_cases import Server, empty_database, facts, journal
 
@@ -57,13 +58,10 @@ def test_every_plot_of_the_pipeline_is_drawn(tmp_path):
                 assert content["layer"][1]["encoding"]["text"]["field"] == "model"
 
 
-chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
 def seen(address: str, folder: Path) -> str:
     """The text of a page after its scripts ran; the picture lies beside it."""
     common = [
-        *(chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+        *(CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
         *(f"--user-data-dir={folder / 'browser'}", "--window-size=1500,1400", "--timeout=60000"),
         "--virtual-time-budget=40000",
     ]
@@ -74,7 +72,7 @@ def seen(address: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(chromium is None, reason="no chromium on the PATH")
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 def test_a_walk_through_mlflow(template, tmp_path, project, monkeypatch):  # noqa: F811
     """Experiment, execution, a cached stage, evaluation, models, registered model: all say it."""
     from flows.sync import sync

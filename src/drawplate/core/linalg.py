@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drawplate.core.errors import NotFinite, UserError
 
-_SLAB = 4096
+SLAB = 4096
 """Columns of a Gram matrix that are converted at a time."""
 
 
@@ -107,6 +107,6 @@ def output_error(difference: Tensor, gram: Tensor) -> Tensor:
 
     Columns of G are converted to D's dtype a slab at a time.
     """
-    slabs = zip(torch.split(gram, _SLAB, 1), torch.split(difference, _SLAB, 1), strict=True)
+    slabs = zip(torch.split(gram, SLAB, 1), torch.split(difference, SLAB, 1), strict=True)
     images = (((difference @ g.to(d.dtype)) * d).sum(dtype=torch.float64) for g, d in slabs)
     return torch.stack(list(images)).sum().clamp(min=0)

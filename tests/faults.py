@@ -1,7 +1,7 @@
 """Fault kit: kill, interrupt, fill, flip, cut; every tool is deterministic for a given seed.
 
 * `kill_loop`: run a function again and again in forked children of one warm process and kill each
-  child after a random time, until it finishes.
+  child after a random part of the time that it needs, until it finishes.
 * `crash_points`: with strace, let every system call of a function fail or kill, one at a time.
 * `flips`, `cuts`, `damages`: wrong bytes for the files of an artifact.
 * `small_disk`: a file system of a few megabytes.
@@ -54,31 +54,27 @@ def environment() -> dict[str, str]:
 def kill_loop(
     work: str,
     check: str,
-    arguments: Mapping[str, Any],
+    folder: Path,
     *,
     seed: int,
-    shortest: float,
-    longest: float,
     seconds: float,
     warm: str,
 ) -> dict[str, Any]:
-    """Call `work(**arguments)` ("module:function") until it returns, killing it in between.
+    """Call `work(folder)` ("module:function") until it returns, killing it in between.
 
-    Each child lives for a random time between `shortest` and `longest` seconds; after each kill
-    `longest` grows by a fiftieth, so that slow machines get through too. After every kill
-    `check(**arguments)` says whether what is on the disk can be read. Gives up after `seconds`.
-    `warm()` is called in the parent, to import and set up what children would otherwise spend
-    their lives on.
+    Each child lives for a random part, up to a fifth, of the time an undisturbed child took in a
+    folder of its own, so that fast machines kill as often as slow ones; after each kill the
+    longest life grows by a fiftieth, so that all get through. After every kill `check(folder)`
+    says whether what is on the disk can be read. Gives up after `seconds`. `warm()` is called in
+    the parent, to import and set up what children would otherwise spend their lives on.
     -> {"kills", "unreadable", "finished", "seconds"}
     """
     order = {
         "warm": warm,
         "work": work,
         "check": check,
-        "arguments": dict(arguments),
+        "folder": str(folder),
         "seed": seed,
-        "shortest": shortest,
-        "longest": longest,
         "seconds": seconds,
     }
     return _ask(order, seconds + 120)
@@ -108,29 +104,25 @@ def function(name: str) -> Callable[..., Any]:
 
 def _kills(order: dict[str, Any]) -> dict[str, Any]:
     """The warm process: everything is imported once, children start in a millisecond."""
-    work, check = function(order["work"]), function(order["check"])
+    work, check, folder = function(order["work"]), function(order["check"]), order["folder"]
     draw = random.Random(order["seed"])
     kills = unreadable = 0
-    longest = order["longest"]
     function(order["warm"])()
     start = time.monotonic()
+    with tempfile.TemporaryDirectory() as undisturbed:
+        os.waitpid(_child(work, undisturbed), 0)
+    longest = (time.monotonic() - start) / 5
+    start = time.monotonic()
     while time.monotonic() - start < order["seconds"]:
-        child = os.fork()
-        if not child:
-            try:
-                work(**order["arguments"])
-                os._exit(0)
-            except BaseException as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-        time.sleep(draw.uniform(order["shortest"], longest))
+        child = _child(work, folder)
+        time.sleep(draw.uniform(longest / 20, longest))
         longest *= 1.02
         status = os.waitpid(child, os.WNOHANG)[1] if _ended(child) else None
         if status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
-            unreadable += not check(**order["arguments"])
+            unreadable += not check(folder)
             continue
         finished = status == 0
         if not finished:
@@ -138,6 +130,19 @@ def _kills(order: dict[str, Any]) -> dict[str, Any]:
         if finished or unreadable > 3:
             return _report(kills, unreadable, finished, start)
     return _report(kills, unreadable, False, start)
+
+
+def _child(work: Callable[..., Any], folder: str) -> int:
+    """The process number of a fork that does `work(folder)` and leaves."""
+    child = os.fork()
+    if not child:
+        try:
+            work(folder)
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    return child
 
 
 def _ended(child: int) -> bool:

@@ -216,12 +216,12 @@ def test_a_disk_too_small_is_known_before_the_first_byte(tmp_path: Path) -> None
     assert not entered
 
 
-def test_a_disk_that_fills_up_keeps_the_old_artifact_and_says_what_is_missing(
+def test_a_disk_that_fills_up_keeps_the_old_artifact_and_says_what_was_written(
     tmp_path: Path,
 ) -> None:
     with faults.small_disk(tmp_path / "disk", 4) as disk:
         folder = write(disk / "x", "old")
-        words = rf"{folder}: \d+ bytes written, .* missing"
+        words = rf"no space left for {folder}: \d+ bytes written, \d+ free; free some"
         with pytest.raises(Exhausted, match=words), publish(folder, "thing") as temporary:  # noqa: PT012
             (temporary / "a.txt").write_text("new")
             (temporary / "big").write_bytes(bytes(8 << 20))
@@ -234,6 +234,11 @@ def test_a_disk_that_fills_up_keeps_the_old_artifact_and_says_what_is_missing(
         with pytest.raises(Exhausted), publish(folder, "thing") as temporary:
             save_file(tensors, temporary / "w.safetensors")
         assert names(disk) == ["x"]
+        words = r"\d+ bytes written, 0 free, \d+ missing; "
+        with pytest.raises(Exhausted, match=words), publish(folder, "k", 3 << 20) as temporary:  # noqa: PT012
+            (disk / "of another process").write_bytes(bytes(2 << 20))
+            (temporary / "big").write_bytes(bytes(3 << 20))
+        (disk / "of another process").unlink()
         write(folder, "new")
         assert content(folder) == "new"
 

@@ -221,13 +221,12 @@ def test_a_corpus_for_another_tokenizer_is_refused(corpus, tmp_path):
     tokenizer = hf.load_tokenizer(model)
     tokenizer.add_tokens(["surplus"])
     tokenizer.save_pretrained(model)
-    with pytest.raises(UserError, match="another tokenizer"):
-        compress.compress(
-            compress.compress.params(),
-            compress.Inputs(model=model, corpus=corpus),
-            tmp_path / "out",
-            execution=QUIET,
-        )
+    for module, advice in ((compress, "model's folder, or give plain text"), (finetune, "folder$")):
+        made = getattr(module, module.__name__.removeprefix("stages."))
+        inputs = module.Inputs(model=model, corpus=corpus)
+        words = f"another tokenizer.*prepare.tokenizer.*{advice}"
+        with pytest.raises(UserError, match=words):
+            made(made.params(), inputs, tmp_path / "out", execution=QUIET)
     with pytest.raises(UserError, match=r"prepare\.tokenizer"):
         pretrain.pretrain(
             pretrain.pretrain.params(adopt=model),

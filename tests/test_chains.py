@@ -4,7 +4,7 @@ import json
 import struct
 import subprocess
 import sys
-from itertools import cycle, islice, product
+from itertools import cycle, islice, pairwise, product
 from math import prod
 
 import pytest
@@ -18,8 +18,8 @@ from drawplate.core.errors import UserError
 from drawplate.core.method import leaves
 from drawplate.quantize.grid import Grid
 from drawplate.quantize.rotate import Rotate
-from drawplate.settings import validate
-from stages import compress, finetune, quantize
+from drawplate.settings import preset, validate
+from stages import compress, finetune, pretrain, quantize
 from tests.test_chain import LOADS, QUIET, foreign
 from tests.test_chain import corpus as corpus
 
@@ -34,6 +34,15 @@ QUANTIZE = {
     for grid in leaves(Grid)
     for rotate in leaves(Rotate)
 }
+HIGGS = {"higgs": preset("quantize/higgs")["quantize"]}
+SST = {
+    "parametrisation": {"name": "sst", "rank": 4, "interval": 2, "energy": 0.5},
+    "model": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 64}
+    | {"context": 256, "init_std": 0.2},
+    "batch": 4,
+    "length": 128,
+    "training": {"steps": 4},
+}
 MASKED = {"sparse": "", "low_rank_sparse": ".outliers"}
 """Edit -> where in its stand-in the mask is."""
 TRAINING = {"steps": 1, "prompts": 2, "samples": 2, "length": {"name": "constant", "tokens": 4}}
@@ -42,22 +51,27 @@ IDS = torch.randint(5, 250, (2, 9), generator=torch.Generator().manual_seed(0))
 
 USUAL = set(islice(zip(cycle(COMPRESS), cycle(QUANTIZE)), max(len(COMPRESS), len(QUANTIZE))))
 """Pairs of the default run, in which each is met at least once."""
+OTHER = min(USUAL)
+"""The pair that the default run also meets on the second kind."""
+CATALOGUE = {
+    ("llama", "slice", "low_rank", "integer-unchanged"): {"narrow", "turned", "low_rank"},
+    ("sst", "higgs"): {"low_rank"},
+    ("sst", "low_rank", "integer-unchanged"): {"low_rank"},
+}
+"""Chains of more or other stages than a pair -> edits that are there before the quantization."""
 
 
 def cases(first, second):
-    """All pairs on all kinds; only usual ones of the first kind are not slow."""
+    """All pairs on all kinds; not slow are usual ones of the first kind, and one of the second."""
+    quick = {(KINDS[0], *pair) for pair in USUAL} | {(KINDS[1], *OTHER)}
     return [
-        pytest.param(
-            *case,
-            id="-".join(case),
-            marks=[] if case[0] == KINDS[0] and case[1:] in USUAL else [pytest.mark.slow],
-        )
+        pytest.param(*case, id="-".join(case), marks=[] if case in quick else [pytest.mark.slow])
         for case in product(KINDS, first, second)
     ]
 
 
 class House:
-    """Compressed models, each made once."""
+    """Compressed models, each made once, of somebody's model or of a kind of our own: "sst"."""
 
     def __init__(self, corpus, home):
         self.corpus, self.home, self.made = corpus, home, {}
@@ -74,28 +88,33 @@ class House:
                     "calibration": CALIBRATION,
                     "recover": None,
                 }
-                self.stage(compress, "compress", settings, parent, out)
+                self.stage(compress, "compress", settings, out, model=parent)
+            elif kind == "sst":
+                self.stage(pretrain, "pretrain", SST, out)
             else:
                 foreign(kind, self.corpus, out)
             self.made[kind, *methods] = out
         return self.made[kind, *methods]
 
-    def chain(self, kind, method, codes):
-        """The folders of a model that was compressed, then quantized, then trained."""
-        parent, place = self.compressed(kind, method), "-".join((kind, method, codes))
+    def chain(self, kind, *steps):
+        """Folders of a model that was compressed in turn, then quantized, then trained."""
+        *methods, codes = steps
+        folders = [self.compressed(kind, *methods[:n]) for n in range(len(methods) + 1)]
+        place = "-".join((kind, *steps))
         if place not in self.made:
-            settings = {"group": 16, "calibration": CALIBRATION} | QUANTIZE[codes]
+            settings = {"group": 16, "calibration": CALIBRATION} | (QUANTIZE | HIGGS)[codes]
             out = self.home / f"{place}.quantized"
-            packed = self.stage(quantize, "quantize", settings, parent, out)
-            tuned = self.stage(finetune, "finetune", TRAINING, packed, self.home / f"{place}.tuned")
+            packed = self.stage(quantize, "quantize", settings, out, model=folders[-1])
+            out = self.home / f"{place}.tuned"
+            tuned = self.stage(finetune, "finetune", TRAINING, out, model=packed)
             self.made[place] = packed, tuned
-        return (parent, *self.made[place])
+        return [*folders, *self.made[place]]
 
-    def stage(self, module, name, settings, parent, out):
-        """One stage on `parent`; its checkpoint is `out`."""
+    def stage(self, module, name, settings, out, **inputs):
+        """One stage; its checkpoint is `out`."""
         stage = getattr(module, name)
-        inputs = module.Inputs(model=parent, corpus=self.corpus)
-        stage(validate(stage.params, settings, name), inputs, out, execution=QUIET)
+        given = module.Inputs(corpus=self.corpus, **inputs)
+        stage(validate(stage.params, settings, name), given, out, execution=QUIET)
         return out
 
 
@@ -134,22 +153,45 @@ def test_compressed_then_quantized_then_trained(house, kind, method, codes):
         assert "\n" not in str(error.value)
         assert not list(house.home.glob(f"{kind}-{method}-{codes}.*"))
         return
-    parent, packed, tuned = house.chain(kind, method, codes)
+    _, parent, packed, tuned = house.chain(kind, method, codes)
     handed_over(parent, packed)
     handed_over(packed, tuned)
     assert hf.load(tuned)(IDS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("chain", CATALOGUE, ids="-".join)
+def test_chains_of_the_catalogue(house, chain):
+    folders = house.chain(*chain)
+    for parent, child in pairwise(folders):
+        handed_over(parent, child)
+    parent, packed, tuned = (hf.load(folder) for folder in folders[-3:])
+    names = [{edit.name for edit in edits.of(model)} for model in (parent, packed, tuned)]
+    assert names[0] == CATALOGUE[chain]
+    assert names[1] >= CATALOGUE[chain] | {"quantized"}
+    assert names[2] == names[1] | {"adapter"}
+    assert tuned(IDS).logits.isfinite().all()
+
+
 def refills(folder, codes):
     """Whether weights would be rotated that a mask keeps at zero."""
     masked = MASKED.keys() & {edit.name for edit in edits.of(hf.load(folder))}
-    return bool(masked) and leaves(Rotate)[QUANTIZE[codes]["rotate"]["name"]]().refills
+    rotate = (QUANTIZE | HIGGS)[codes]["rotate"]["name"]
+    return bool(masked) and leaves(Rotate)[rotate]().refills
 
 
-@pytest.mark.slow
-def test_chains_load_in_a_fresh_process_with_equal_logits(house, tmp_path):
-    chains = [(kind, *pair) for kind in KINDS for pair in sorted(USUAL)]
-    chains = [c for c in chains if not refills(house.compressed(*c[:2]), c[2])]
+@pytest.mark.parametrize(
+    "chains",
+    [
+        pytest.param([*CATALOGUE, (KINDS[1], *OTHER)], id="few"),
+        pytest.param(
+            [(kind, *pair) for kind in KINDS for pair in sorted(USUAL)],
+            id="all",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_chains_load_in_a_fresh_process_with_equal_logits(house, tmp_path, chains):
+    chains = [c for c in chains if not refills(house.compressed(*c[:-1]), c[-1])]
     folders = [str(house.chain(*chain)[-1]) for chain in chains]
     torch.save(IDS, tmp_path / "ids")
     command = [sys.executable, "-c", LOADS, str(tmp_path / "ids"), *folders]
@@ -181,9 +223,9 @@ def test_compressed_twice_or_refused_before_any_work(
     ):
         reason = "do not fall into groups of 4"
     else:
-        handed_over(parent, house.stage(compress, "compress", settings, parent, out))
+        handed_over(parent, house.stage(compress, "compress", settings, out, model=parent))
         return
     with pytest.raises(UserError, match=reason) as error:
-        house.stage(compress, "compress", settings, parent, out)
+        house.stage(compress, "compress", settings, out, model=parent)
     assert "\n" not in str(error.value)
     assert not out.exists()

@@ -209,6 +209,22 @@ def test_resumes_with_the_same_bytes(tmp_path, monkeypatch, name, last):
     assert bool(profiled) == (last <= 2)
 
 
+def test_cutting_factors_further_resumes_too(tmp_path):
+    def stop(step, total, metrics):
+        if step == 3:
+            raise Killed
+
+    whole, cut, again = (tiny.model().bfloat16() for _ in range(3))
+    for model in (whole, cut, again):
+        run(model, ratio=0.2)
+    expected = run(whole, ratio=0.1)
+    with pytest.raises(Killed):
+        run(cut, ratio=0.1, work=tmp_path, watch=stop)
+    assert run(again, ratio=0.1, work=tmp_path).model_dump() == expected.model_dump()
+    assert same(again, whole)
+    edits.check(again)
+
+
 def test_work_of_other_inputs_is_not_taken_up(tmp_path):
     run(tiny.model(), ratio=0.3, work=tmp_path)
     model, fresh = tiny.model(), tiny.model()
@@ -306,8 +322,8 @@ def test_hand_over():
     model = tiny.model()
     run(model, ratio=0.1)
     factors = stored_bytes(model)
-    with pytest.raises(UserError, match=r"_proj is already low_rank: method low_rank cannot"):
-        run(model, ratio=0.1)
+    with pytest.raises(UserError, match=r"_proj is already low_rank: method shared cannot"):
+        run(model, {"name": "shared"}, 0.1)
     ledger = run(model, SPECS["sparse"], 0.1)  # factors may be pruned
     assert any(row.path.endswith(".first") and row.edit == "sparse" for row in ledger.rows)
     assert ledger.bytes_before == factors
@@ -318,6 +334,47 @@ def test_hand_over():
     sliced = tiny.model()
     run(sliced, SPECS["columns"], 0.1)
     assert run(sliced, SPECS["low_rank"], 0.1).ratio >= 0.1  # a smaller layer may be factored
+    run(sliced, SPECS["low_rank"], 0.1)
+    model = tiny.model()
+    run(model, ratio=0.1)
+    run(model, SPECS["columns"], 0.1)
+    with pytest.raises(UserError, match=r"_proj is already two factors, and those were edited"):
+        run(model, ratio=0.1)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_factors_are_cut_further(tmp_path, head):
+    """Both budgets are of what was stored; the second edit takes the place of the first."""
+    model = tiny.model("llama_untied")
+    run(model, ratio=0.2, head=head)
+    factors, earlier, whole = stored_bytes(model), edits.of(model), copy.deepcopy(model)
+    ranks = {edit.module: edit.rank for edit in earlier}
+    ledger = run(model, ratio=0.1, head=head)
+    assert ledger.bytes_before == factors
+    assert ledger.bytes_after == stored_bytes(model) <= floor(0.9 * factors)
+    changes = sum(row.bytes_after - row.bytes_before for row in ledger.rows)
+    assert changes == ledger.bytes_after - factors
+    assert floor(0.9 * factors) - ledger.bytes_after < 4 * (96 + 32)
+    new = edits.of(model)[len(earlier) :]
+    assert edits.of(model)[: len(earlier)] == earlier
+    assert {edit.module for edit in new} & ranks.keys()
+    assert all(edit.rank < ranks.get(edit.module, 32) for edit in new)
+    for row in ledger.rows:
+        now, old = model.get_submodule(row.path), whole.get_submodule(row.path)
+        assert row.bytes_before == edits.weight_bytes(old)
+        assert row.bytes_after == edits.weight_bytes(now)
+        assert row.edit or row.units == ranks.get(row.path, min(row.rows, row.columns))
+        assert not any(hasattr(now, name + ".first") for name in ("first", "second"))
+    save(model, tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out")), logits(model))
+
+
+def test_a_head_of_factors_stays_where_it_is_not_asked_for():
+    model = tiny.model("llama_untied")
+    run(model, ratio=0.2, head=True)
+    kept = copy.deepcopy(model.lm_head)
+    run(model, ratio=0.1)
+    assert same(model.lm_head, kept)
 
 
 def test_a_broken_promise_is_refused_before_work():

@@ -2,15 +2,17 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from drawplate import edits
 from drawplate.compress.allocation import Allocation
 from drawplate.compress.completion import Completion
 from drawplate.compress.factor import Factor
-from drawplate.compress.layerwise import Layerwise
+from drawplate.compress.layerwise import Layerwise, Solved
 from drawplate.compress.method import Compression
 from drawplate.compress.pattern import Pattern
 from drawplate.compress.prune import Prune
@@ -20,6 +22,7 @@ from drawplate.core.errors import NotFinite
 from drawplate.core.linalg import output_error
 from drawplate.core.method import leaves
 from drawplate.core.stats import Stats
+from drawplate.edits.low_rank import LowRank as Edit
 from tests.compress_layers import LAYERS, layer, oracle, others
 
 AXES = {
@@ -264,6 +267,41 @@ def test_low_rank_error_is_the_profile_s():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("factor", list(leaves(Factor)))
+def test_factors_are_cut_as_well_as_their_product(factor):
+    """Same singular values as the dense product, and no rank-r matrix has a smaller error."""
+    _, stats = layer(8, 12)
+    second, first = layer(8, 5)[0], layer(5, 12, seed=1)[0]
+    exact = {"damping": 0} if factor == "whitened" else {}
+    low_rank = make("low_rank", factor={"name": factor} | exact)
+    product, cut = site(second @ first, stats), site(second @ first, stats)
+    cut.module.bias.copy_(product.module.bias)
+    edit = Edit(module="layer", rank=5)
+    solved = Solved([(edit, {"first.weight": first, "second.weight": second})], {})
+    cut = cut._replace(module=become(cut, solved))
+    dense, thin = low_rank.profile(0, product), low_rank.profile(0, cut)
+    assert thin.units.tolist() == [1, 2, 3, 4, 5]
+    assert thin.bytes.tolist() == [rank * (8 + 12) * 8 for rank in thin.units.tolist()]
+    assert thin.energy == pytest.approx(dense.energy, rel=1e-10)
+    wanted = dense.error[: len(thin.error) - 1]  # the dense one has fewer ranks that save bytes
+    torch.testing.assert_close(thin.error[: len(wanted)], wanted, rtol=1e-9, atol=1e-10)
+    assert thin.error[-1] == 0
+    lower = np.linalg.cholesky(stats.gram.numpy())
+    spectrum = np.linalg.svd((second @ first).numpy() @ lower, compute_uv=False) ** 2
+    for units in (1, 2, 3, 4):
+        made = low_rank.solve(cut, units)
+        assert sum(t.nbytes for _, ts in made.changes for t in ts.values()) == units * 160
+        now = made.weights["layer"]
+        torch.testing.assert_close(now, low_rank.solve(product, units).weights["layer"])
+        error = float(output_error(second @ first - now, stats.gram))
+        assert error >= sum(spectrum[units:]) * (1 - 1e-9)
+        assert error == pytest.approx(sum(spectrum[units:]), rel=1e-9) or factor != "whitened"
+        again = become(cut, made)
+        assert torch.equal(again.bias, product.module.bias)
+        assert type(again.first) is type(again.second) is nn.Linear
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pattern", list(leaves(Pattern)))
 def test_sparse_error_is_the_profile_s_for_uncorrelated_inputs(pattern):
     weight, stats = layer(8, 12)
@@ -284,6 +322,57 @@ def test_rounds_find_better_masks():
         assert ((now != 0).sum(1) == 20).all()
         errors.append(float(output_error(weight - now, stats.gram)))
     assert errors[0] > 1.02 * errors[1] > 1.02 * errors[2]
+
+
+SPARSEGPT = {"prune": {"name": "obs"}, "update": {"name": "obs"}, "rounds": 1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [1, 8, 10, 24, 100])
+def test_a_sweep_in_blocks_is_sparsegpt(block):
+    weight, stats = layer(6, 24, 100)
+    place = site(weight, stats)
+    now = make("sparse", **SPARSEGPT, block=block).solve(place, 9).weights["layer"]
+    swept = oracle("compress/method/sparse", "swept")
+    wanted = swept(weight.numpy(), 9, stats.gram.numpy(), block, 0.01)
+    assert ((now != 0).sum(1) == 9).all()
+    np.testing.assert_allclose(now.numpy(), wanted, rtol=1e-6, atol=1e-9)
+    one = make("sparse", **SPARSEGPT).solve(place, 9).weights["layer"]
+    assert torch.equal(one, now) == (block >= 24)
+
+
+@torch.no_grad()
+def test_masks_chosen_on_the_way_are_better():
+    for seed in range(4):
+        weight, stats = layer(64, 96, 400, seed=seed)
+
+        def error(block, place=site(weight, stats)):
+            solved = make("sparse", **SPARSEGPT, block=block).solve(place, 40)
+            dense = place.module.weight
+            return float(output_error(dense - solved.weights["layer"], place.stats.gram))
+
+        assert error(32) < 0.95 * error(None)
+
+
+@torch.no_grad()
+def test_a_sweep_keeps_n_of_every_m():
+    weight, stats = layer(8, 24)
+    sparse = make("sparse", **SPARSEGPT, block=8, pattern={"name": "n_m", "n": 2, "m": 4})
+    keep = sparse.solve(site(weight, stats), 2).weights["layer"] != 0
+    assert (keep.reshape(8, 6, 4).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rounds": 2}, "set rounds to 1"),
+        ({"pattern": {"name": "rows"}}, "pattern rows spans all columns"),
+        ({"pattern": {"name": "n_m", "n": 2, "m": 3}}, "multiple of the pattern's m"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(wrong, said):
+    with pytest.raises(ValidationError, match=said):
+        make("sparse", **{"rounds": 1, "block": 8} | wrong)
 
 
 def test_too_small_to_shrink_stays_dense():

@@ -391,6 +391,55 @@ def test_truncated_or_foreign_folders_get_one_line(tmp_path):
         hf.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"hidden_size": "big"}, "'hidden_size' expected int, got str"),
+        ({"hidden_size": None}, "'hidden_size' expected int, got NoneType"),
+        ({"num_attention_heads": 0}, "0 are: num_attention_heads"),
+        (3, "config.json: transformers cannot use this"),
+    ],
+)
+def test_a_configuration_without_sense_is_one_line(wrong, says, tmp_path):
+    folder = broken(tmp_path, lambda tensors, config: None)
+    file = folder / "config.json"
+    right = json.loads(file.read_text())
+    file.write_text(json.dumps(right | wrong if isinstance(wrong, dict) else wrong))
+    with pytest.raises(UserError) as caught:
+        hf.load(folder)
+    assert str(caught.value).startswith(f"{file}: transformers cannot use this: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("wrong", ["", '{"a', "[]", "3"])
+def test_a_tokenizer_that_is_not_readable_is_one_line(name, wrong, tokenizer):
+    assert hf.load_tokenizer(tokenizer)("b")["input_ids"] == [1]
+    (tokenizer / name).write_text(wrong)
+    with pytest.raises(Damaged) as caught:
+        hf.load_tokenizer(tokenizer)
+    assert str(caught.value).startswith(f"{tokenizer}: tokenizer.json or tokenizer_config.json is ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_may_leave_its_class_to_its_model(tokenizer):
+    (tokenizer / "tokenizer_config.json").write_text("{}")
+    tiny.CONFIGS["llama"]().save_pretrained(tokenizer)
+    assert hf.load_tokenizer(tokenizer).get_vocab()["b"] == 1
+
+
 def test_an_index_may_not_leave_the_folder(tmp_path):
     folder = broken(tmp_path / "model", lambda tensors, config: None)
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")

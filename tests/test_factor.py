@@ -195,6 +195,12 @@ def test_dead_inputs_are_no_trouble(method):
     )
 
 
+def test_where_no_input_was_ever_seen_asvd_weighs_all_alike():
+    weight, _ = layer(8, 6)
+    silent = Stats(count=10, absmean=torch.zeros(6))
+    assert torch.equal(leaves(Factor)["asvd"]().scaled(weight, silent), weight)
+
+
 @law(Factor)
 def test_not_finite_is_refused(method):
     weight, stats = layer()

@@ -1,7 +1,10 @@
 """Where things stand: file, name, class, oracle and imports of every method line up."""
 
 import ast
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 import drawplate
 from drawplate.core.method import leaves
 from drawplate.edits import Edit
-from flows.catalogue import axes, catalogue, page
+from flows.catalogue import axes, catalogue, keys, page
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(drawplate.__file__).parent
@@ -114,10 +117,26 @@ def test_the_page_of_methods_is_the_generated_one():
     assert (ROOT / "docs" / "methods.md").read_text() == page(), "run `make docs`"
 
 
+def test_the_keys_of_forms_are_the_generated_ones():
+    assert json.loads((ROOT / "flows" / "keys.json").read_bytes()) == keys(), "run `make docs`"
+
+
 def test_the_catalogue_knows_every_leaf():
     listed = {(axis, row["name"]) for axis, rows in catalogue().items() for row in rows}
     assert listed == {(p.values[0], p.values[1]) for p in LEAVES}
     assert all(row["does"] for rows in catalogue().values() for row in rows)
+
+
+def test_the_catalogue_shows_parameters_as_params_yaml_would_have_them():
+    def parameter(axis, name, key):
+        (row,) = (row for row in catalogue()[axis] if row["name"] == name)
+        return row["parameters"][key]
+
+    files = parameter("data/source", "text", "files")
+    assert files["default"] == "texts/**/*.txt"
+    assert f"- `files = texts/**/*.txt`: {files['does']}" in page()
+    assert parameter("compress/method", "sparse", "prune")["default"] == {"name": "wanda"}
+    assert parameter("data/source", "docstrings", "packages")["default"][0] == "networkx"
 
 
 def test_no_file_runs_code_from_a_checkpoint():
@@ -130,16 +149,84 @@ def test_no_file_runs_code_from_a_checkpoint():
         )
 
 
+# How a stage runs and what it tells others: none of it has a say in the bytes that it writes.
+HOW = {
+    "stages/journal.py",
+    "stages/quiet.py",
+    "stages/together.py",
+    "stages/tracking.py",
+    "src/drawplate/data/engine.py",
+}
+
+
+def source(module):
+    """The file of one of our modules, relative to the repository; None where it is no module."""
+    for base in (ROOT / "src", ROOT):
+        place = base.joinpath(*module.split("."))
+        for file in (place / "__init__.py", place.with_suffix(".py")):
+            if file.is_file():
+                return file.relative_to(ROOT).as_posix()
+    return None
+
+
+def needed(file):
+    """Our files that `file` imports, and what those import, without what says how.
+
+    A method of an axis is imported when it is asked for by name: so all of an axis count.
+    """
+    axis_folders = {f"src/drawplate/{axis}" for axis in axes()}
+    found, pending = set(), [file]
+    while pending:
+        file = pending.pop()
+        if file in found | HOW:
+            continue
+        found.add(file)
+        folder = Path(file).parent
+        if str(folder) in axis_folders:
+            pending += [f"{folder}/{leaf.name}" for leaf in (ROOT / folder).glob("*.py")]
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{name}" for name in names)]
+            ours = (name for name in names if name.split(".")[0] in {"drawplate", "stages"})
+            pending += filter(None, map(source, ours))
+    return found
+
+
 def test_a_stage_depends_on_what_it_imports():
-    """dvc.yaml lists every package of drawplate that a stage's own module imports."""
+    """dvc.yaml lists every file that a stage imports, by itself or through others."""
     from ruamel.yaml import YAML
 
     stages = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
     for name, stage in stages.items():
-        deps = stage["deps"]
-        needed = {
-            f"src/drawplate/{module.split('.')[1]}"
-            for module in imports(ROOT / "stages" / f"{name}.py")
-            if module.startswith("drawplate.") and (SOURCE / module.split(".")[1]).is_dir()
+        unlisted = {
+            file
+            for file in needed(f"stages/{name}.py")
+            if not {file, *map(str, Path(file).parents)} & set(stage["deps"])
         }
-        assert needed <= set(deps), (name, needed - set(deps))
+        assert not unlisted, name
+    # It follows a module that another imports, and one that a function imports.
+    assert {"src/drawplate/train/attention.py", "src/drawplate/lineage.py"} <= needed(
+        "stages/evaluate.py"
+    )
+
+
+def in_python(program):
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+@pytest.mark.parametrize("order", [("drawplate", "transformers"), ("transformers", "drawplate")])
+def test_transformers_is_taught_whichever_is_imported_first(order):
+    program = f"import {order[0]}\nimport {order[1]}\n"
+    program += "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\n"
+    assert in_python(f"{program}print('drawplate' in known)") == ["True"]
+
+
+def test_what_needs_no_model_does_not_wait_for_torch():
+    program = "import sys, drawplate.settings, flows.cli, flows.local, flows.sync\n"
+    assert in_python(f"{program}print('torch' in sys.modules)") == ["False"]
+    assert in_python(f"{program}drawplate.load\nprint('torch' in sys.modules)") == ["True"]

@@ -186,10 +186,11 @@ def test_it_learns_with_each_part(corpus, tmp_path):
         (POWER | SST, "low_rank", set()),
         (BARE | SST, "low_rank", {"unnormed"}),
         (BARE | FACTORS, "sparse", {"unnormed", "low_rank"}),
+        (BARE | FACTORS, "low_rank", {"unnormed", "low_rank"}),
     ],
 )
 def test_later_stages_take_what_was_trained(corpus, tmp_path, parts, method, kept):
-    """Factors stay factors: the compress stage prunes them, the quantize stage codes them."""
+    """Factors stay factors: the compress stage prunes or cuts them, quantize codes them."""
     base, small, coded = (tmp_path / name for name in ("base", "small", "coded"))
     few = {"rows": 4, "length": 16}
     settings = {

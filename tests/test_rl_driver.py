@@ -280,7 +280,7 @@ def test_trains_and_reports(tmp_path):
     assert after.state_dict().keys() == before.state_dict().keys()
 
 
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
+def test_stopped_and_resumed_gives_the_same_bytes(tmp_path):
     how = settings(updates=2, steps=5, save_every=100)
     want, rows = run(tmp_path / "whole", how)
 

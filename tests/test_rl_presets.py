@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from drawplate.rl.driver import finetune
 from drawplate.rl.params import Finetune
 from drawplate.settings import merge, preset, presets, validate
+from drawplate.settings import read as read_params
 from drawplate.train.series import read
 from tests import tiny
 from tests.test_rl_driver import END, PROMPTS, decode, even
@@ -67,6 +70,14 @@ def test_real_steps(name, tmp_path):
     assert all(value is not None for row in rows for value in row.values())
     after = model.state_dict()
     assert any(not torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fits_the_decoder_of_the_default_run(name):
+    tree = merge(read_params(Path(__file__).parents[1] / "params.yaml"), preset(name))
+    how = validate(Finetune, tree["finetune"], "finetune")
+    limits = [how.length.limit(step, how.steps) for step in range(how.steps)]
+    assert max(limits) <= tree["pretrain"]["model"]["context"] // 2  # the rest is for prompts
 
 
 @pytest.mark.parametrize("name", NAMES)

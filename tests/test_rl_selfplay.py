@@ -501,7 +501,7 @@ def run(folder, how, watch=lambda *_: None):
     return dict(model.state_dict()), rows
 
 
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
+def test_stopped_and_resumed_gives_the_same_bytes(tmp_path):
     how = settings(save_every=100)
     want, rows = run(tmp_path / "whole", how)
 

@@ -341,7 +341,7 @@ def test_a_function_of_seed_and_step():
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
+def test_stopped_and_resumed_gives_the_same_bytes(tmp_path):
     def run(folder, watch=lambda *_: None):
         model = tiny.model()
         arguments = {"prompts": PROMPTS, "score": even, "decode": decode, "end": END, "step": worth}

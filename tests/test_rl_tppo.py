@@ -331,7 +331,7 @@ def test_state_carries_on(how):
     assert t.figures == other.figures
 
 
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
+def test_stopped_and_resumed_gives_the_same_bytes(tmp_path):
     how = settings(updates=2, steps=7, save_every=100, hold=2, penalties=(K3(),))
     want, rows, outcome = run(tmp_path / "whole", how)
 

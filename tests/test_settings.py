@@ -1,5 +1,7 @@
 """params.yaml: what it means, and what is said when it means nothing."""
 
+from difflib import unified_diff
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -11,6 +13,9 @@ from drawplate import settings
 from drawplate.compress.prune import Prune
 from drawplate.core.errors import UserError
 from drawplate.core.method import Frozen, OneOf
+from flows.local import change_params
+
+PARAMS = (Path(__file__).parents[1] / "params.yaml").read_text()
 
 
 class Inner(Frozen):
@@ -57,6 +62,15 @@ def test_a_wrong_value_is_shown():
     assert text.startswith("section.inner.steps")
     assert "'many'" in text
     assert "nan" in refused({"inner": {"ratio": float("nan")}})
+
+
+def test_a_wrong_value_that_is_a_section_or_long_is_not_repeated():
+    for wrong in ({"a": 1}, list(range(100)), "many" * 100):
+        where, _, problem = refused({"inner": {"steps": wrong}}).partition(": ")
+        assert where == "section.inner.steps"
+        assert "integer" in problem
+        assert "got" not in problem
+    assert refused({"inner": {"steps": [1, 2]}}).endswith("got [1, 2]")
 
 
 def test_a_method_needs_a_name():
@@ -160,3 +174,30 @@ def test_every_preset_is_found_and_an_unknown_one_lists_them():
     assert settings.presets()
     with pytest.raises(UserError, match="did you mean 'rl/dler'"):
         settings.preset("rl/dlr")
+
+
+def test_a_change_leaves_every_other_line_as_it_was(tmp_path):
+    file = tmp_path / "params.yaml"
+
+    def changed(change):
+        file.write_text(PARAMS)
+        change_params(file, [change], ())
+        lines = unified_diff(PARAMS.splitlines(), file.read_text().splitlines(), n=0)
+        return [line for line in lines if line[:2] in ("- ", "+ ")]
+
+    file.write_text(PARAMS)
+    assert changed(f"compress.ratio={settings.read(file)['compress']['ratio']}") == []
+    was, now = changed("compress.ratio=0.125")
+    assert "ratio: 0.125" in now
+    assert was.partition("#")[2] == now.partition("#")[2] != ""
+    changed("prepare.sources=[{name: text}]")
+    assert settings.read(file)["prepare"]["sources"] == [{"name": "text"}]
+
+
+def test_a_wrong_change_leaves_the_file_alone(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(PARAMS)
+    with pytest.raises(UserError, match=r"compress\.ratoi"):
+        change_params(file, ["compress.ratio=0.5", "compress.ratoi=0.3"], ())
+    assert file.read_text() == PARAMS
+    assert list(tmp_path.iterdir()) == [file]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import faults
+from tests import faults, stage_cases
 from tests.train_cases import digest, run
 
 CASES = "tests.train_cases:"
@@ -27,11 +27,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
         found = faults.kill_loop(
             CASES + "long_run",
             CASES + "readable",
-            {"work": str(work)},
+            work,
             seed=100 * seed + round_,
             warm=CASES + "warm",
-            shortest=0.02,
-            longest=0.6,
             seconds=seconds,
         )
         print(found)
@@ -47,16 +45,32 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     assert kills >= (200 if long else 2)
 
 
+@pytest.mark.parametrize("run", ["pretrained", "recovered", "reinforced"])
+def test_stages_that_are_killed_again_and_again_leave_the_same_bytes(
+    tmp_path: Path, run: str
+) -> None:
+    work, cases = tmp_path / "killed", "tests.stage_cases:"
+    warm = f"{cases}warm_{run}"
+    found = faults.kill_loop(cases + run, CASES + "readable", work, seed=1, warm=warm, seconds=60)
+    print(found)
+    assert found["finished"]
+    assert found["unreadable"] == 0
+    assert found["kills"] >= 2
+    again, undisturbed = (
+        stage_cases.left(*getattr(stage_cases, run)(folder))
+        for folder in (work, tmp_path / "whole")
+    )
+    assert again == undisturbed
+
+
 def test_the_usual_way_to_save_becomes_unreadable(tmp_path: Path) -> None:
     """The control: the same kills hit a file that is written in place."""
     found = faults.kill_loop(
         CASES + "naive_run",
         CASES + "naive_readable",
-        {"work": str(tmp_path)},
+        tmp_path,
         seed=1,
         warm=CASES + "warm_naive",
-        shortest=0.02,
-        longest=0.6,
         seconds=60,
     )
     print(found)

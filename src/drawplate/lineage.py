@@ -2,7 +2,7 @@
 
 The file holds nothing that differs between two equal runs (no time, no run id, no path), so that it
 may lie inside the artifact without changing its hash. Who ran it, when and under which ids is kept
-beside it, by the stage runner.
+beside it, by the stage runner, and so is where the inputs lay (`Places`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,32 @@ class Lineage(Frozen):
     ancestors: dict[str, Node] = {}
 
 
+State = Literal["verified", "changed", "not found"]
+"""Of what is recorded: it is there as it was, it is there with other bytes, it is not there."""
+
+
+class Places(Frozen):
+    """Where the inputs of a folder lay when it was made: no part of it, but a help to find them."""
+
+    root: Path
+    """The current folder of that time, from which raw inputs were named."""
+    inputs: dict[str, Path] = {}
+    """Role of an input -> path."""
+
+
+class Raw(Frozen):
+    """A raw input of a step, and what has become of it."""
+
+    source: str
+    """Key of `Node.sources`."""
+    name: str
+    digest: str
+    """Hash of a file or folder, or the version of what is no file."""
+    state: State | None
+    """None for what is no file."""
+    problem: str | None = None
+
+
 class Step(Frozen):
     """One line of a walk: a node, its hash, and whether its folder was found whole."""
 
@@ -55,7 +82,11 @@ class Step(Frozen):
     hash: str
     node: Node
     folder: str | None
-    state: Literal["verified", "elsewhere"]
+    state: State | Literal["foreign"]
+    """`foreign` where a walk begins at a folder that has no manifest to compare it with."""
+    problem: str | None = None
+    """What is wrong with it, in one line."""
+    sources: tuple[Raw, ...] = ()
 
 
 def environment(threads: int, processes: int = 1) -> dict[str, str]:
@@ -77,18 +108,22 @@ def content_hash(folder: Path) -> str:
         Damaged: its manifest was altered.
     """
     if folder.is_file():
-        return hashlib.sha256(folder.read_bytes()).hexdigest()
+        return _digest(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist")
     if (folder / MANIFEST).exists():
         return read_manifest(folder).tree_hash
     lines = (
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.stat().st_size} "
-        f"{path.relative_to(folder).as_posix()}\n"
+        f"{_digest(path)} {path.stat().st_size} {path.relative_to(folder).as_posix()}\n"
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def trace(node: Node, inputs: Mapping[str, Path]) -> Lineage:
@@ -127,46 +162,116 @@ def write(lineage: Lineage, folder: Path) -> None:
 
 
 def walk(folder: Path) -> Iterator[Step]:
-    """From `folder` back to the raw text, each step once; folders found nearby are verified.
+    """From `folder` back to the raw text, each step once, comparing hashes of what is found.
 
     Raises:
         UserError: there is no such folder.
-        Damaged: a folder is not what its manifest says, or an ancestor is not recorded.
+        Damaged: `folder` is not what its manifest says, or an ancestor is not recorded.
     """
     own = content_hash(folder)
-    if (folder / MANIFEST).exists():
+    whole = (folder / MANIFEST).exists()
+    if whole:
         verify(folder)
-    lineage = read(folder)
-    nearby = _nearby(folder)
+    first = (folder, "verified" if whole else "foreign", None)
+    yield from _steps(read(folder), own, first, folder.resolve().parent.parent)
+
+
+def walk_record(lineage: Lineage, digest: str, around: Path) -> Iterator[Step]:
+    """The same for an output that is known by its record and hash only.
+
+    Raises:
+        Damaged: an ancestor is not recorded.
+    """
+    yield from _steps(lineage, digest, (None, "not found", None), around)
+
+
+_Found = tuple[Path | None, Any, str | None]
+"""Folder, state and problem of a step."""
+
+
+def _steps(lineage: Lineage, own: str, first: _Found, around: Path) -> Iterator[Step]:
+    nearby = published(around)
     seen: set[str] = set()
 
-    def visit(role: str, depth: int, key: str, node: Node, where: Path | None) -> Iterator[Step]:
+    def visit(role: str, depth: int, key: str, node: Node, found: _Found) -> Iterator[Step]:
         if key in seen:
             return
         seen.add(key)
-        if where is not None and (where / MANIFEST).exists():
-            verify(where)
+        folder, state, problem = found
+        places = None if folder is None else _places(folder)
+        roots = [] if places is None else [places.root]
+        if folder is not None:
+            roots += folder.resolve().parents[:2]
         yield Step(
             role=role,
             depth=depth,
             hash=key,
             node=node,
-            folder=None if where is None else str(where),
-            state="elsewhere" if where is None else "verified",
+            folder=None if folder is None else str(folder),
+            state=state,
+            problem=problem,
+            sources=tuple(_sources(node, [*roots, around])),
         )
         for name, parent in node.parents.items():
             if parent not in lineage.ancestors:
-                raise Damaged(f"{folder}/{FILE}: parent {name} {parent[:12]} is not recorded")
-            yield from visit(name, depth + 1, parent, lineage.ancestors[parent], nearby.get(parent))
+                raise Damaged(f"{role} {key[:12]}: its {name} {parent[:12]} is not recorded")
+            noted = None if places is None else places.inputs.get(name)
+            candidates = [path for path in (noted, nearby.get(parent)) if path is not None]
+            ancestor = lineage.ancestors[parent]
+            yield from visit(name, depth + 1, parent, ancestor, _find(parent, candidates))
 
-    yield from visit("output", 0, own, lineage.node, folder)
+    yield from visit("output", 0, own, lineage.node, first)
 
 
-def _nearby(folder: Path) -> dict[str, Path]:
-    """Published folders around `folder`, by content hash: beside it, and beside its parent."""
-    root = folder.resolve().parent
+def _find(key: str, candidates: Sequence[Path]) -> _Found:
+    """The first of these paths that holds what has this hash."""
+    found: _Found = (None, "not found", None)
+    for path in candidates:
+        if not path.exists():
+            continue
+        try:
+            ours = (path / MANIFEST).is_file()
+            if content_hash(path) == key:
+                if ours:
+                    verify(path)
+                return path, "verified", None
+        except Damaged as error:
+            found = (path, "changed", str(error))
+        else:
+            if not ours:  # an artifact is replaced as a whole: another one is no changed one
+                found = (path, "changed", f"{path} was changed since it was read")
+    return found
+
+
+def _sources(node: Node, roots: Sequence[Path]) -> Iterator[Raw]:
+    """The raw inputs of a node, with their files looked for under `roots`."""
+    for source, value in node.sources.items():
+        # A stage notes either what a source consists of, or the one folder that a parameter names.
+        several = value.startswith("{")
+        items = json.loads(value) if several else {str(node.params.get(source, "")): value}
+        for name, digest in items.items():
+            if not name or not re.fullmatch("[0-9a-f]{64}", digest):
+                yield Raw(source=source, name=name, digest=digest, state=None)
+                continue
+            _, state, problem = _find(digest, [root / name for root in roots])
+            yield Raw(source=source, name=name, digest=digest, state=state, problem=problem)
+
+
+def places_file(folder: Path) -> Path:
+    """Where `Places` of a folder are kept: beside it."""
+    own = folder.resolve()
+    return own.parent / ".drawplate" / f"{own.name}.inputs.json"
+
+
+def _places(folder: Path) -> Places | None:
+    file = places_file(folder)
+    return Places.model_validate_json(file.read_bytes()) if file.exists() else None
+
+
+def published(root: Path) -> dict[str, Path]:
+    """Published folders below `root`, at most two levels deep, by content hash."""
     found: dict[str, Path] = {}
-    for pattern in ("*", "../*", "../*/*"):
+    for pattern in ("*", "*/*"):
         for candidate in sorted(root.glob(pattern)):
             if (candidate / MANIFEST).is_file():
                 try:

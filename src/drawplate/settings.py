@@ -16,6 +16,8 @@ from drawplate.core.errors import UserError
 
 P = TypeVar("P", bound=BaseModel)
 Tree = dict[str, Any]
+_LONG = 60
+"""Characters of a value beyond which an error does not repeat it: the key says where it stands."""
 
 
 def parse(text: str, where: str) -> Any:
@@ -176,7 +178,9 @@ def explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
     if problem["type"] == "missing":
         return f"{key} {kinds['missing']}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}: {message.removeprefix('value error, ')}, got {problem['input']!r}"
+    given = problem["input"]
+    got = "" if isinstance(given, Mapping) or len(repr(given)) > _LONG else f", got {given!r}"
+    return f"{key}: {message.removeprefix('value error, ')}{got}"
 
 
 def nearest(word: str, choices: Any) -> str:

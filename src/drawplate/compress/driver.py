@@ -41,6 +41,7 @@ from drawplate.core.linalg import output_error
 from drawplate.core.method import Frozen, OneOf
 from drawplate.core.progress import Watch, silent
 from drawplate.core.stats import Stats
+from drawplate.edits.low_rank import edited, full_rank
 from drawplate.train.loop import fingerprint
 
 T = TypeVar("T")
@@ -97,11 +98,9 @@ def compress(
     assert isinstance(method, Layerwise | joint.Joint)
     targets = _targets(model, params)
     before = stored_bytes(model)
-    own = sum(edits.matrix(module).nbytes for module in targets.values())
+    own = sum(edits.weight_bytes(module) for module in targets.values())
     budget = floor((1 - params.ratio) * before) - (before - own)
-    survey = partial(
-        _survey, model, tokens, method.surveys(), params.head, targets, _shifted(watch, 0), batch
-    )
+    survey = partial(_survey, model, tokens, params, targets, _shifted(watch, 0), batch)
     solver: Layerwise | joint.Shares
     if isinstance(method, joint.Joint):
         members = survey(lambda number, sites: [joint.Member(number, site) for site in sites])
@@ -131,6 +130,7 @@ def compress(
         visit,
         Row,
         head=params.head,
+        whole=method.whole,
         batch=batch,
         work=work,
         watch=_shifted(watch, 1),
@@ -172,11 +172,18 @@ def refuse(model: PreTrainedModel, params: Compress) -> None:
         Damaged: an edit does not hold what it promises.
     """
     edits.check(model)
+    method = params.method
     for edit in edits.of(model):
-        if edit.name in params.method.refuses:
+        if edit.name in method.refuses:
             raise UserError(
-                f"{edit.module} is already {edit.name}: method {params.method.name} cannot follow, "
-                f"it refuses {', '.join(sorted(params.method.refuses))}; give the model from before"
+                f"{edit.module} is already {edit.name}: method {method.name} cannot follow, "
+                f"it refuses {', '.join(sorted(method.refuses))}; give the model from before"
+            )
+    for path, module in model.named_modules() if method.whole else ():
+        if edited(module):
+            raise UserError(
+                f"{path} is already two factors, and those were edited: method {method.name} "
+                "cannot follow; give the model from before"
             )
 
 
@@ -185,12 +192,12 @@ def _targets(model: PreTrainedModel, params: Compress) -> dict[str, nn.Module]:
     prefix, _ = blocks(model)
     found = {
         path: module
-        for path, module in edits.linears(model).items()
+        for path, module in edits.linears(model, params.method.whole).items()
         if path.startswith(f"{prefix}.")
     }
     if params.head:
         head = cast("Any", model).get_output_embeddings()
-        if head.weight is cast("Any", model).get_input_embeddings().weight:
+        if edits.matrix(head) is cast("Any", model).get_input_embeddings().weight:
             raise UserError("compress.head: the output head shares the embedding's weights")
         found |= {path: module for path, module in model.named_modules() if module is head}
     for pattern in params.exclude:
@@ -212,8 +219,7 @@ def _targets(model: PreTrainedModel, params: Compress) -> dict[str, nn.Module]:
 def _survey(
     model: PreTrainedModel,
     tokens: Tensor,
-    needs: frozenset[str],
-    head: bool,
+    params: Compress,
     targets: Mapping[str, nn.Module],
     watch: Watch,
     batch: int,
@@ -226,8 +232,20 @@ def _survey(
         found.extend(look(number, [site for site in sites if site.path in targets]))
         return Outcome([], [])
 
+    assert isinstance(params.method, Layerwise | joint.Joint)
+    needs, whole = params.method.surveys(), params.method.whole
     if needs:
-        walk(model, tokens, needs, visit, Row, head=head, batch=batch, watch=watch)
+        walk(
+            model,
+            tokens,
+            needs,
+            visit,
+            Row,
+            head=params.head,
+            whole=whole,
+            batch=batch,
+            watch=watch,
+        )
         return found
     prefix, layers = blocks(model)
     for number in (*range(len(layers)), -1):
@@ -273,7 +291,7 @@ def _row(
     old = dense(site)
     now = new.get(site.path, old)
     mine = [(edit, tensors) for edit, tensors in changes if edit.module == site.path]
-    size = edits.matrix(site.module).nbytes
+    size = edits.weight_bytes(site.module)
     units = plan.get(site.path)
     return Row(
         path=site.path,
@@ -281,7 +299,7 @@ def _row(
         rows=old.shape[0],
         columns=old.shape[1],
         edit=mine[0][0].name if mine else "",
-        units=min(old.shape) if units is None else units,
+        units=full_rank(site.module) if units is None else units,
         sparsity=float((now == 0).double().mean()),
         weight_error=part(
             float((old - now).double().square().sum()), float(old.double().square().sum())

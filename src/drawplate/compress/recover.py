@@ -228,10 +228,15 @@ def _wide(logits: Tensor) -> Tensor:
 
 CHUNK = 512
 """Tokens whose logits are in memory at a time."""
+ROUND = 64
+"""Divides their number: libraries keep kernels for every number of rows they meet."""
 
 
 def _by_rows(work: Callable[..., Tensor], given: Sequence[Tensor]) -> Tensor:
     """`work` on some rows at a time; the backward pass computes it again instead of keeping it."""
-    starts = range(0, max(len(given[0]), 1), CHUNK)
-    pieces = ([tensor[start : start + CHUNK] for tensor in given] for start in starts)
-    return torch.cat([checkpoint(work, *piece, use_reentrant=False) for piece in pieces])
+    count = len(given[0])
+    more = -count % ROUND
+    filled = [torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])]) for tensor in given]
+    pieces = zip(*(torch.split(tensor, CHUNK) for tensor in filled), strict=True)
+    found = [checkpoint(work, *piece, use_reentrant=False) for piece in pieces]
+    return torch.cat(found)[:count]

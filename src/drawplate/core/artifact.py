@@ -22,13 +22,12 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from drawplate.core.errors import Damaged, Exhausted, UserError
+from drawplate.core.errors import Damaged, Exhausted, UserError, is_full, place_of
 from drawplate.core.method import Frozen
 
 MANIFEST = "manifest.json"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _COLLISION = {errno.ENOTEMPTY, errno.EEXIST}
 
 
@@ -148,7 +147,8 @@ def publish(folder: Path, kind: str, size: int = 0) -> Iterator[Path]:
 
     Raises:
         UserError: `folder` exists and is no artifact of ours, or a written entry is no plain file.
-        Exhausted: the disk is full; the message names the path and the bytes that are missing.
+        Exhausted: the disk is full; the message names the path and, where `size` is known, the
+            bytes that are missing.
     """
     folder = Path(os.path.realpath(folder))
     _refuse_foreign(folder)
@@ -163,14 +163,16 @@ def publish(folder: Path, kind: str, size: int = 0) -> Iterator[Path]:
         _seal(temporary, kind)
         _show(temporary, folder)
     except BaseException as error:
-        if not _is_full(error):
+        place = Path(place_of(error) or folder)
+        here = place.is_relative_to(temporary) or place == folder
+        if not is_full(error) or not here:
             raise
         written = sum(path.stat().st_size for _, path in _files(temporary))
         free = shutil.disk_usage(folder.parent).free
-        missing = max(size - written - free, 1)
+        missing = f", {size - written - free} missing" if size > written + free else ""
         raise Exhausted(
-            f"no space left for {folder}: {written} bytes written, {free} free, at least "
-            f"{missing} missing; free some and run again"
+            f"no space left for {folder}: {written} bytes written, {free} free{missing}; "
+            "free some and run again"
         ) from error
     finally:
         # Before the swap this name holds the unfinished folder, after it the previous one.
@@ -337,10 +339,3 @@ def _refuse_foreign(folder: Path) -> None:
             f"{folder} holds files that drawplate did not write (no {MANIFEST}); "
             "name another folder or empty it"
         )
-
-
-def _is_full(error: BaseException) -> bool:
-    """True for a full disk, also where a writer in another language reports it as text."""
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return True
-    return isinstance(error, Exception) and "No space left on device" in str(error)

@@ -58,6 +58,7 @@ def walk(
     row: type[Row],
     *,
     head: bool = False,
+    whole: bool = False,
     batch: int = 8,
     work: Path | None = None,
     watch: Watch = silent,
@@ -71,6 +72,7 @@ def walk(
         visit: block number and its sites -> changes and ledger rows; number -1 is the output head.
         row: type of a ledger row.
         head: whether the output head, if it has weights of its own, is visited too.
+        whole: whether two plain factors are one linear layer.
         batch: rows that run together.
         work: folder of finished blocks.
         watch: told after each block.
@@ -88,9 +90,8 @@ def walk(
     for number, block in enumerate(layers):
         done = _resume(model, work, number, row)
         if done is None:
-            paths = [
-                path for path in edits.linears(model) if path.startswith(f"{prefix}.{number}.")
-            ]
+            layers_now = edits.linears(model, whole)
+            paths = [path for path in layers_now if path.startswith(f"{prefix}.{number}.")]
             sites, outputs = _gather(model, block, paths, hidden, calls, needs)
             outcome = visit(number, sites)
             _apply(model, outcome, work, number)

@@ -63,8 +63,10 @@ class TextCorpus:
         return self._stream
 
 
-def open_corpus(path: Path, tokenizer: Any) -> Corpus | TextCorpus:
+def open_corpus(path: Path, tokenizer: Any, text: bool = True) -> Corpus | TextCorpus:
     """A corpus, checked against the tokenizer of the model that will read it, or plain text.
+
+    `text` says whether plain text is of use to the caller.
 
     Raises:
         UserError: the path is neither, or the corpus was cut with another tokenizer.
@@ -74,7 +76,8 @@ def open_corpus(path: Path, tokenizer: Any) -> Corpus | TextCorpus:
     corpus = Corpus(path)
     if corpus.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"{path} was cut with another tokenizer than the model's; give plain text instead"
+            f"{path} was cut with another tokenizer than the model's; run prepare with "
+            f"prepare.tokenizer set to the model's folder{', or give plain text' if text else ''}"
         )
     return corpus
 

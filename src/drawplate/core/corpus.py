@@ -54,7 +54,7 @@ class Corpus:
         self.folder = Path(folder)
         try:
             self.facts: dict[str, Any] = json.loads((self.folder / "corpus.json").read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.folder} is not a corpus: it has no corpus.json; name a folder that the "
                 "prepare stage wrote"

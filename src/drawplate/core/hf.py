@@ -99,7 +99,7 @@ def load(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedMod
         verify(folder)
     try:
         _weights_inside(folder)
-        foreign = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        foreign = _config(folder)
         _refuse_other_quantization(folder, foreign)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -112,7 +112,7 @@ def load(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedMod
         )
     except (SafetensorError, json.JSONDecodeError) as error:
         raise Damaged(f"{folder}: not readable: {_line(error)}") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
         raise UserError(f"{folder}: transformers cannot load this: {_line(error)}") from None
     wrong = {
         what: sorted(str(name) for name in report.get(f"{what}_keys", ()))
@@ -131,17 +131,26 @@ def load_tokenizer(folder: Path | str) -> Any:
 
     Raises:
         UserError: the folder holds none.
+        Damaged: its files are not those of a tokenizer.
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no tokenizer.json beside the model")
     settings = folder / "tokenizer_config.json"
-    named = json.loads(settings.read_text())["tokenizer_class"] if settings.is_file() else None
-    # A generic tokenizer is taken as it stands: the automatic choice goes by the model's type and
-    # would put that type's special tokens into it.
-    generic = named in {"PreTrainedTokenizerFast", "TokenizersBackend"}
-    kind = PreTrainedTokenizerFast if generic else AutoTokenizer
-    return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        named = (
+            json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else ""
+        )
+        # A generic tokenizer is taken as it stands: the automatic choice goes by the model's type
+        # and would put that type's special tokens into it.
+        generic = named in {"PreTrainedTokenizerFast", "TokenizersBackend"}
+        kind = PreTrainedTokenizerFast if generic else AutoTokenizer
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of any kind: tokenizers raises nothing more special
+        raise Damaged(
+            f"{folder}: tokenizer.json or tokenizer_config.json is not readable: {_line(error)}; "
+            "put those of the model there"
+        ) from None
 
 
 def save(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
@@ -184,6 +193,23 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def _config(folder: Path) -> Any:
+    """What `config.json` says.
+
+    Raises:
+        UserError: transformers makes nothing of it.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of any kind: it computes with whatever stands in the file
+        file, zeros = folder / "config.json", ""
+        if isinstance(error, ArithmeticError):
+            found = json.loads(file.read_text()).items()
+            named = [key for key, value in found if type(value) is int and value == 0]
+            zeros = f"; 0 are: {', '.join(named)}"
+        raise UserError(f"{file}: transformers cannot use this: {_line(error)}{zeros}") from None
+
+
 def _weights_inside(folder: Path) -> None:
     """Refuses an index that points outside the folder, and shards that are cut short."""
     index = folder / "model.safetensors.index.json"
@@ -218,5 +244,5 @@ def _finite(folder: Path, model: nn.Module) -> None:
 
 
 def _line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return more[0].strip() if more and first.endswith(":") else first

@@ -28,6 +28,16 @@ class Stats:
     peak: Tensor = field(default_factory=lambda: torch.empty(0))
     """[I] float32, largest |x|."""
 
+    def since(self, start: int) -> Stats:
+        """Of the inputs from number `start` on."""
+        return Stats(
+            self.count,
+            gram=self.gram[start:, start:] if self.gram.numel() else self.gram,
+            mean=self.mean[start:],
+            absmean=self.absmean[start:],
+            peak=self.peak[start:],
+        )
+
 
 PARTS = frozenset({"gram", "mean", "absmean", "peak"})
 _SLAB = 1024

@@ -165,6 +165,13 @@ def features(module: nn.Module) -> tuple[int, int]:
     raise UserError(f"{type(module).__name__} is not a linear layer")
 
 
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes that a linear layer or its stand-in stores, without the bias."""
+    bias: Tensor | None = getattr(module, "bias", None)
+    stored: int = sum(tensor.nbytes for tensor in module.state_dict().values())
+    return stored - (0 if bias is None else bias.nbytes)
+
+
 def matrix(module: nn.Module) -> Tensor:
     """The dense weight of a linear layer or of its stand-in, [O, I]."""
     if isinstance(module, StandIn):
@@ -279,13 +286,14 @@ def still(model: nn.Module, earlier: tuple[Edit, ...]) -> None:
     check(model)
 
 
-def linears(model: nn.Module) -> dict[str, nn.Module]:
+def linears(model: nn.Module, whole: bool = False) -> dict[str, nn.Module]:
     """The linear layers that may still be edited, by path: plain ones and sparse stand-ins.
 
     Children of low-rank and sliced stand-ins are among them; quantized ones, adapters and the
-    output head are not.
+    output head are not. With `whole`, two plain factors are the one layer that they amount to.
     """
     from drawplate.edits.adapter import Adapted
+    from drawplate.edits.low_rank import edited
     from drawplate.edits.sparse import SparseLinear
 
     found: dict[str, nn.Module] = {}
@@ -296,7 +304,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
             where = f"{path}.{name}" if path else name
             if child is head:
                 continue
-            if isinstance(child, Linear | SparseLinear):
+            if isinstance(child, Linear | SparseLinear) or (whole and edited(child) is False):
                 found[where] = child
             elif isinstance(child, Adapted):
                 continue

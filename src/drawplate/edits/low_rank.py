@@ -40,6 +40,19 @@ class LowRankLinear(StandIn):
         )
 
 
+def edited(module: nn.Module) -> bool | None:
+    """Whether a factor of `module` was edited; None where it has no factors."""
+    if not isinstance(module, LowRankLinear):
+        return None
+    return not type(module.first) is type(module.second) is nn.Linear
+
+
+def full_rank(module: nn.Module) -> int:
+    """The rank that a linear layer or its stand-in can have: its smaller side, or its factors'."""
+    sides = features(module)
+    return min(*sides, *features(module.first)) if isinstance(module, LowRankLinear) else min(sides)
+
+
 class LowRank(Edit):
     """W [O, I] is replaced by second [O, r] @ first [r, I]."""
 

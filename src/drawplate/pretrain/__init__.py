@@ -27,7 +27,7 @@ class Pretrain(Frozen):
 
     adopt: Path | None = None
     """Folder of a Hugging Face decoder to take; with `position` it is trained on, else set nothing
-    else."""
+    else. DVC notices changes of what lies in `decoders/`."""
     seed: int = Field(0, ge=0)
     """Of the initial weights and of the order of the data."""
     model: ModelConfig = ModelConfig()

@@ -24,6 +24,8 @@ class Compression(Method):
 
     refuses: ClassVar[frozenset[str]] = frozenset({"quantized", "adapter"})
     """Names of the edits that a model must not have yet."""
+    whole: ClassVar[bool] = False
+    """Whether two plain factors are one layer to it, which it replaces; it then refuses others."""
 
     @abstractmethod
     def reads(self) -> frozenset[str]:

@@ -1,5 +1,7 @@
 """Low rank: layers become products of two thinner ones, ranks shared out under the byte budget.
 
+A layer that is two plain factors already is cut further: what it amounts to is split anew.
+
 Paper: Wang et al. 2024, SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language
 Model Compression, arXiv:2403.07378.
 Deviation: ranks differ from layer to layer (see the allocation), and a layer stays dense where two
@@ -17,8 +19,9 @@ from drawplate.compress.layerwise import Layerwise, Solved, dense
 from drawplate.compress.method import default
 from drawplate.core.blocks import Site
 from drawplate.core.method import OneOf
-from drawplate.edits import matrix
+from drawplate.edits import matrix, weight_bytes
 from drawplate.edits.low_rank import LowRank as Edit
+from drawplate.edits.low_rank import full_rank
 
 
 class LowRank(Layerwise):
@@ -27,8 +30,9 @@ class LowRank(Layerwise):
     name: Literal["low_rank"] = "low_rank"
     paper: ClassVar[str] = "2403.07378"
     refuses: ClassVar[frozenset[str]] = frozenset(
-        {"low_rank", "low_rank_sparse", "shared", "sparse", "quantized", "adapter"}
+        {"low_rank_sparse", "shared", "sparse", "quantized", "adapter"}
     )
+    whole: ClassVar[bool] = True
 
     factor: Annotated[Factor, OneOf()] = default(Factor, "whitened")
     """How a matrix is split."""
@@ -48,11 +52,12 @@ class LowRank(Layerwise):
         """Ranks 1, 2, ... while they save bytes, then the layer as it stands."""
         weight = dense(site)
         rows, columns = weight.shape
-        width = matrix(site.module).element_size()
-        most = (rows * columns - 1) // (rows + columns)
-        units = torch.tensor([*range(1, most + 1), min(rows, columns)])
-        sizes = units * (rows + columns) * width
-        sizes[-1] = rows * columns * width
+        step = (rows + columns) * matrix(site.module).element_size()
+        stored, full = weight_bytes(site.module), full_rank(site.module)
+        most = min((stored - 1) // step, full - 1)
+        units = torch.tensor([*range(1, most + 1), full])
+        sizes = units * step
+        sizes[-1] = stored
         error, energy = torch.empty(0, dtype=torch.float64), 0.0
         if "error" in self.allocation.needs:
             gain = self.factor.spectrum(weight, site.stats).cpu()

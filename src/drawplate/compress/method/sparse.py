@@ -1,24 +1,26 @@
 """Sparse: weights, or whole rows or columns, go: a score ranks them, an update makes up for them.
 
-With more than one round the mask is found gradually: round t of T aims at the share 1 - (1 - t/T)^3
-of what is to go, its score is taken of the weights as the last round left them, and its update
-starts from the dense weights again.
+With more than one round the mask is found gradually; with `block` from the first column to the
+last, as SparseGPT does.
 
 Paper: Boza 2024, Fast and Effective Weight Update for Pruned Large Language Models,
-arXiv:2401.02938 (gradual pruning).
+arXiv:2401.02938 (gradual pruning); Frantar and Alistarh 2023, SparseGPT, arXiv:2301.00774,
+section 3.3 (adaptive mask selection).
 Deviation: any score, pattern and update.
-Cost: rounds times that of score, pattern and update.
+Cost: rounds times that of score, pattern and update; with `block` a score and an update of the
+columns that are left for each block.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from drawplate.compress.allocation import Allocation, Profile
 from drawplate.compress.layerwise import Layerwise, Solved, dense
 from drawplate.compress.method import default
+from drawplate.compress.method._search import Search
 from drawplate.compress.pattern import Pattern
 from drawplate.compress.prune import Prune
 from drawplate.compress.update import Update
@@ -46,6 +48,20 @@ class Sparse(Layerwise):
     """How sparsities are shared out."""
     rounds: int = Field(4, ge=1, le=64)
     """Steps in which the mask is found; more than 1 pays where the update changes weights."""
+    block: int | None = Field(None, ge=1)
+    """Columns whose mask is chosen at once, after those before them; null: all columns are."""
+
+    @model_validator(mode="after")
+    def _blocks(self) -> Self:
+        if self.block is None:
+            return self
+        if self.rounds > 1:
+            raise ValueError("with block the mask is found in one sweep: set rounds to 1")
+        if self.pattern.structured:
+            raise ValueError(f"pattern {self.pattern.name} spans all columns: remove block")
+        if self.block % self.pattern.promise().get("m", 1):
+            raise ValueError(f"block must be a multiple of the pattern's m, not {self.block}")
+        return self
 
     def surveys(self) -> frozenset[str]:
         """What the allocation reads, and the score where the allocation wants errors."""
@@ -78,12 +94,10 @@ class Sparse(Layerwise):
     def solve(self, site: Site, units: int) -> Solved:
         """`units` members of every group stay."""
         weight = dense(site)
-        members = self.pattern.members((weight.shape[0], weight.shape[1]))
-        now, keep = weight, torch.ones_like(weight, dtype=torch.bool)
-        for turn in range(1, self.rounds + 1):
-            gone = round((members - units) * (1 - (1 - turn / self.rounds) ** 3))
-            keep = self.pattern.keep(self.prune.score(now, site.stats), members - gone)
-            now = self.update.solve(weight, keep, site.stats)
+        search = Search(self.prune, self.pattern, self.update, weight, site.stats, units)
+        now, keep = (
+            search.gradually(self.rounds) if self.block is None else search.sweep(self.block)
+        )
         stored = now.to(matrix(site.module).dtype)
         change = self._change(site.path, stored, keep)
         return Solved([change], {site.path: stored.to(weight.dtype)})

@@ -4,8 +4,8 @@ Removing w_j alone and refitting its row costs w_j^2 / [G^-1]_jj, G the inputs' 
 
 Paper: Frantar and Alistarh 2023, SparseGPT: Massive Language Models Can Be Accurately Pruned in
 One-Shot, arXiv:2301.00774, equation 3 (after Hassibi and Stork 1992).
-Deviation: the inverse of the whole G for every weight, where SparseGPT uses the inverse over the
-columns that its sweep has not passed; the order of columns then does not matter.
+Deviation: one inverse for all weights that are ranked together, where SparseGPT ranks each by the
+inverse over the columns that do not stand before it; the order of columns then does not matter.
 Cost: a Cholesky factor and its inverse, size I.
 """
 

@@ -6,8 +6,8 @@ most of the work into matrix products.
 
 Paper: Frantar and Alistarh 2023, SparseGPT: Massive Language Models Can Be Accurately Pruned in
 One-Shot, arXiv:2301.00774, algorithm 1.
-Deviation: the mask is given, not chosen on the way; V comes from one factorisation, of the
-reversed G.
+Deviation: the mask is given, see `block` of the method `sparse`; V comes from one factorisation, of
+the reversed G.
 Cost: a Cholesky factor and its inverse, size I; O(O I^2).
 """
 
@@ -45,6 +45,8 @@ class Obs(Update):
         columns = weight.T.clone(memory_format=torch.contiguous_format)  # a row for every input
         lost = torch.empty_like(columns)
         for start in range(0, len(columns), self.block):
+            if keep[:, start:].all():
+                break
             stop = min(start + self.block, len(columns))
             for j in range(start, stop):
                 columns[j].addmv_(lost[start:j].T, root[start:j, j], alpha=-1)

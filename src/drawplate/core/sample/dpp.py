@@ -6,7 +6,8 @@ are enough; the last one may have fewer rows, by fewer combinations, those of mo
 
 Paper: Nouy and Michel 2023, Weighted least-squares approximation with determinantal point
 processes and generalized volume sampling, arXiv:2312.14057 (independent repetitions).
-Deviation: a finite pool; a remainder that is no multiple of r.
+Deviation: a finite pool; a remainder that is no multiple of r; calibration reads the rows alone,
+which then count alike.
 Cost: an eigendecomposition of size M, O(N M^2) for each draw.
 """
 

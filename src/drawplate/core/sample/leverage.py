@@ -4,7 +4,8 @@ p_i = leverage of i / sum of leverages; a picked row counts 1 / (n N p_i).
 
 Paper: Cohen and Migliorati 2017, Optimal weighted least-squares methods, arXiv:1608.00512,
 section 1 (sampling from the Christoffel density), on a finite pool.
-Deviation: none; rows are drawn with replacement.
+Deviation: rows are drawn with replacement; calibration reads the rows alone, which then count
+alike.
 Cost: an eigendecomposition of size M, O(N M^2).
 """
 

@@ -7,7 +7,8 @@ rows with those weights is, on average, exactly the fit on all candidates.
 
 Paper: Nouy and Michel 2023, Weighted least-squares approximation with determinantal point
 processes and generalized volume sampling, arXiv:2312.14057 (volume-rescaled sampling).
-Deviation: a finite pool; with fewer rows than features, those features of most energy.
+Deviation: a finite pool; with fewer rows than features, those features of most energy; calibration
+reads the rows alone, which then count alike.
 Cost: an eigendecomposition of size M, O(N M^2).
 """
 

@@ -53,10 +53,9 @@ class Synthetic(Method):
     steps after each round but the last; the folder it came from stays as it is.
     """
 
-    model: Path = Path("models/writer")
-    """Folder of the Hugging Face decoder that writes. One that the pipeline made has to be copied
-    to a place that no stage writes to. DVC runs the stage again when the path changes, and when
-    what lies there changes if dvc.yaml lists the folder among the stage's `deps`."""
+    model: Path = Path("decoders/writer")
+    """Folder of the Hugging Face decoder that writes, one that no stage makes. DVC notices changes
+    of what lies in `decoders/`."""
     generator: str = "Write at length.\n\n{instruction}\n\n"
     """How the Generator is asked. Special tokens in the template are taken as such; in texts they
     are plain text."""

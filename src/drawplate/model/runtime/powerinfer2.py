@@ -10,7 +10,8 @@ the resident clusters are multiplied, a thread reads.
 Paper: Xue et al. 2024, PowerInfer-2: Fast Large Language Model Inference on a Smartphone,
 arXiv:2406.06282, section 4.
 Deviation: the gate itself instead of a trained predictor, hence exact; no NPU; the clusters are
-those of the file rather than of a step; the cache is one over all layers.
+those of the file rather than of a step; the cache is one over all layers. The whole model is loaded
+before its matrices are moved to files, so that a model larger than memory cannot start.
 Cost: a copy of all up and down matrices in the folder for temporary files; in memory, `memory`.
 """
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
 import drawplate
 from drawplate.core.method import Method, leaves
+
+REQUIRED = "required"
+"""Stands where a parameter has no default."""
 
 
 def axes() -> dict[str, type[Method]]:
@@ -38,7 +46,10 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
                 "does": _first_sentence(leaf),
                 "paper": leaf.paper,
                 "parameters": {
-                    key: field.description or ""
+                    key: {
+                        "does": " ".join((field.description or "").split()),
+                        "default": _default(field),
+                    }
                     for key, field in leaf.model_fields.items()
                     if key != "name"
                 },
@@ -47,6 +58,22 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         ]
         for axis, base in axes().items()
     }
+
+
+def _default(field: FieldInfo) -> Any:
+    """As it would stand in params.yaml; of a method's own parameters those that differ."""
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return REQUIRED
+    plain = TypeAdapter(Any).dump_python(value, mode="json", exclude_defaults=True)
+    return {"name": value.name} | plain if isinstance(value, Method) else plain
+
+
+def assignment(key: str, default: Any) -> str:
+    """`key = default`, much as params.yaml has it."""
+    if default == REQUIRED:
+        return f"{key}, {REQUIRED}"
+    return f"{key} = {default if isinstance(default, str) else json.dumps(default)}"
 
 
 def _first_sentence(leaf: type[Method]) -> str:
@@ -61,7 +88,7 @@ def page() -> str:
         "# Methods",
         "",
         "Made from the source by `make docs`; do not edit. Choose a method by its name in",
-        "`params.yaml`.",
+        "`params.yaml`. Parameters stand with their defaults.",
     ]
     for axis, rows in catalogue().items():
         lines += ["", f"## {axis}"]
@@ -72,11 +99,53 @@ def page() -> str:
             )
             lines += ["", f'### <a id="{anchor}"></a>{row["name"]}', "", row["does"] + paper]
             lines += [
-                f"- `{key}`: {' '.join(text.split())}" if text else f"- `{key}`"
-                for key, text in row["parameters"].items()
+                f"- `{assignment(key, parameter['default'])}`: {parameter['does']}".removesuffix(
+                    ": "
+                )
+                for key, parameter in row["parameters"].items()
             ]
     return "\n".join(lines) + "\n"
 
 
+def keys() -> dict[str, list[str]]:
+    """Every key of params.yaml, in order, with the methods that it chooses from, if any.
+
+    A position in a list is `#`, and a key that anybody may give to a mapping `*`.
+    """
+    from stages.run import Execution, names
+
+    sections: dict[str, Any] = {
+        name: getattr(import_module(f"stages.{name}"), name).params for name in names()
+    }
+    found: dict[str, list[str]] = {}
+    for section, kind in (sections | {"execution": Execution}).items():
+        schema = kind.model_json_schema()
+        _below(section, schema, schema.get("$defs", {}), found)
+    return dict(sorted(found.items()))
+
+
+def _below(
+    key: str, node: dict[str, Any], defs: dict[str, Any], found: dict[str, list[str]]
+) -> None:
+    """Adds the keys below `key`, whose JSON schema is `node`."""
+    if "$ref" in node:
+        _below(key, defs[node["$ref"].rpartition("/")[2]], defs, found)
+    for choice in (*node.get("anyOf", ()), *node.get("oneOf", ())):
+        _below(key, choice, defs, found)
+    parts = list(node.get("properties", {}).items())
+    if isinstance(node.get("items"), dict):
+        parts.append(("#", node["items"]))
+    parts += [("#", each) for each in node.get("prefixItems", ())]
+    if node.get("type") == "object" and not parts and node.get("additionalProperties"):
+        parts.append(("*", {}))
+    for part, below in parts:
+        name = f"{key}.{part}"
+        known = found.setdefault(name, [])
+        if part == "name" and "const" in below:
+            found[name] = sorted({*known, below["const"]})
+        _below(name, below, defs, found)
+
+
 if __name__ == "__main__":
     Path("docs/methods.md").write_text(page(), encoding="utf-8")
+    (Path(__file__).parent / "keys.json").write_text(json.dumps(keys(), indent=0) + "\n")

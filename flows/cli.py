@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from drawplate.core.errors import Damaged, UserError
 from stages.quiet import guarded, quiet_environment
+
+if TYPE_CHECKING:
+    from drawplate.lineage import Step
 
 STAGES = {
     "prepare": "Text and reasoning problems -> tokens, tokenizer, task sets.",
@@ -102,6 +108,12 @@ def run(stages: tuple[str, ...], changes: tuple[str, ...], names: tuple[str, ...
     default="processes",
     show_default=True,
 )
+@click.option(
+    "--preflight/--no-preflight",
+    default=True,
+    show_default=True,
+    help="Whether workers forecast the parameters as committed first.",
+)
 def sweep(**request: Any) -> None:
     """Run many settings, each as a DVC experiment, and show which no other beats.
 
@@ -126,7 +138,7 @@ def sweep(**request: Any) -> None:
 )
 @click.option("--model", type=click.Path(path_type=Path), help="What contenders start from.")
 @click.option("--corpus", type=click.Path(path_type=Path), help="Folder that prepare wrote.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to make; usual: bench/WHAT.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--quick", is_flag=True, help="One seed and small settings: minutes, no intervals.")
 def bench(what: str, contenders: tuple[str, ...], **request: Any) -> None:
@@ -158,7 +170,6 @@ def preflight(
       drawplate preflight pretrain -S pretrain.model.layers=12
       drawplate preflight --after
     """
-    from drawplate.core.errors import UserError
     from flows.preflight import compared, preflight
 
     if not after:
@@ -176,15 +187,14 @@ def preflight(
 @click.argument("axis", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def methods(axis: str | None, as_json: bool) -> None:
-    """List the methods of every axis, or of one.
+    """List the methods of every axis, or of one with their parameters and defaults.
 
     \b
     Example:
       drawplate methods compress/prune
     """
-    from drawplate.core.errors import UserError
     from drawplate.settings import nearest
-    from flows.catalogue import catalogue
+    from flows.catalogue import assignment, catalogue
 
     found = catalogue()
     if axis is not None and axis not in found:
@@ -200,6 +210,8 @@ def methods(axis: str | None, as_json: bool) -> None:
                 f"  {row['name']:18} {row['does']}"
                 + (f"  [{row['paper']}]" if row["paper"] else "")
             )
+            for key, parameter in row["parameters"].items() if axis else ():
+                click.echo(f"    {assignment(key, parameter['default'])}: {parameter['does']}")
 
 
 @cli.command()
@@ -213,47 +225,66 @@ def lineage(target: str, as_json: bool) -> None:
       drawplate lineage models/tuned
       drawplate lineage 3f2a...   (a run id)
     """
-    from drawplate import lineage as trail
-    from drawplate.core.errors import UserError
+    from drawplate.lineage import walk
 
     folder = Path(target)
-    if not folder.exists():
-        folder = _folder_of_run(target)
-    if not folder.is_dir():
-        raise UserError(f"{target} is neither a folder nor an MLflow run")
-    steps = list(trail.walk(folder))
+    if folder.is_file():
+        raise UserError(f"{target} is a file; name a folder or an MLflow run")
+    steps = list(walk(folder) if folder.is_dir() else _steps_of_run(target))
     if as_json:
         click.echo(json.dumps([step.model_dump(mode="json") for step in steps], indent=1))
-        return
-    for step in steps:
-        where = step.folder or "not on this machine"
-        made = f"{step.role}: {step.node.stage}  {step.hash[:12]}  {step.state}  {where}"
-        click.echo("  " * step.depth + made)
-        for name, digest in step.node.sources.items():
-            click.echo(f"{'  ' * (step.depth + 1)}source {name}: {digest}")
+    else:
+        for step in steps:
+            _show(step)
+    problems = [step.problem for step in steps]
+    problems += [raw.problem for step in steps for raw in step.sources]
+    problems = list(filter(None, problems))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise Damaged(f"{problems[0]}{more}")
 
 
-def _folder_of_run(run_id: str) -> Path:
-    """Where the output of an MLflow run lies, checked to be what that run made."""
+def _show(step: Step) -> None:
+    """A step of a lineage and its raw inputs, a line each."""
+    made = f"{step.role}: {step.node.stage}  {step.hash[:12]}  {step.state}"
+    click.echo("  " * step.depth + "  ".join([made, *filter(None, [step.folder])]))
+    for raw in step.sources:
+        # A whole hash is of use to nobody; a version is.
+        told = raw.digest if raw.state is None else f"{raw.digest[:12]}  {raw.state}"
+        shown = "  ".join(filter(None, [raw.name, told]))
+        click.echo(f"{'  ' * (step.depth + 1)}source {raw.source}: {shown}")
+
+
+def _steps_of_run(run_id: str) -> Iterator[Step]:
+    """The walk from what an MLflow run made: where that lies here, else from the run's record."""
     quiet_environment()
     from mlflow.exceptions import MlflowException
 
-    from drawplate.core.errors import Damaged, UserError
-    from drawplate.lineage import content_hash
-    from stages.tracking import client, uri
+    from drawplate.lineage import FILE, published, read, walk, walk_record
+    from stages.tracking import client, exists, uri
 
+    if not exists():
+        raise UserError(f"{run_id!r} is no folder, and there are no runs: {uri()} does not exist")
+    store = client()
     try:
-        tags = client().get_run(run_id).data.tags
+        tags = store.get_run(run_id).data.tags
     except MlflowException:
         raise UserError(f"{run_id!r} is no folder, and no run in {uri()}") from None
     if "drawplate.output" not in tags:
         raise UserError(f"run {run_id} made no artifact: it is a whole execution, or it failed")
-    folder = Path(tags["drawplate.folder"])
-    if not folder.is_dir() or content_hash(folder) != tags["drawplate.output"]:
-        raise Damaged(
-            f"{folder} does not hold what run {run_id} made; check it out or run it again"
-        )
-    return folder
+    here, digest = Path.cwd(), tags["drawplate.output"]
+    made = Path(tags["drawplate.folder"])
+    folder = (published(made.parent) | published(here)).get(digest)
+    if folder is not None:
+        return walk(folder)
+    # The run of a stage that was not computed again shows no files; the one that computed it does.
+    computed = tags.get("drawplate.cached_from", run_id)
+    with TemporaryDirectory() as temporary:
+        try:
+            store.download_artifacts(computed, FILE, temporary)
+        except (MlflowException, OSError) as error:
+            raise Damaged(f"run {computed} has no {FILE}: {str(error).splitlines()[0]}") from None
+        return walk_record(read(Path(temporary)), digest, here)
 
 
 @cli.command()
@@ -270,7 +301,6 @@ def verify(folder: Path | None, repair: bool) -> None:
       drawplate verify --repair
     """
     from drawplate.core.artifact import verify as compare
-    from drawplate.core.errors import UserError
 
     if folder is None:
         from flows.verify import verify_project
@@ -348,7 +378,10 @@ def chat(model: Path, max_new: int, temperature: float) -> None:
             return
         if not prompt:
             return
-        click.echo(talker(prompt, max_new, temperature, number))
+        try:
+            click.echo(talker(prompt, max_new, temperature, number))
+        except UserError as error:  # such as a prompt that is too long: the next one may be right
+            click.echo(f"drawplate: {error}", err=True)
         number += 1
 
 

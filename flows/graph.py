@@ -10,10 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from drawplate.core.errors import UserError
+from drawplate.settings import nearest
 from stages.quiet import quiet_environment
 
 Status = Literal["ran", "cached", "unchanged"]
@@ -36,6 +39,14 @@ class Repro(NamedTuple):
     """The last lines that were printed, for an error message."""
 
 
+def refuse_unknown(stages: Iterable[str], known: Collection[str]) -> None:
+    """Raises `UserError` for the first of the stages that is not known."""
+    for stage in stages:
+        if stage not in known:
+            near = nearest(stage, known)
+            raise UserError(f"no stage {stage!r}{near}; there are: {', '.join(known)}")
+
+
 def nodes(root: Path) -> list[Node]:
     """Stages of `root`'s dvc.yaml, each after everything it needs."""
     quiet_environment()
@@ -43,7 +54,7 @@ def nodes(root: Path) -> list[Node]:
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
-        graph = repo.index.graph
+        graph = _stages(repo.index.graph)
         return [
             Node(
                 stage.name,
@@ -54,6 +65,11 @@ def nodes(root: Path) -> list[Node]:
         ]
 
 
+def _stages(graph: Any) -> Any:
+    """The part of DVC's graph that dvc.yaml describes, without the files of `dvc add`."""
+    return graph.subgraph([stage for stage in graph if not stage.is_data_source])
+
+
 def outdated(root: Path, names: Sequence[str]) -> list[str]:
     """Those of the stages, given in order, that `dvc repro` would run; data may be missing."""
     quiet_environment()
@@ -61,7 +77,7 @@ def outdated(root: Path, names: Sequence[str]) -> list[str]:
 
     found: list[str] = []
     with Repo(str(root)) as repo, repo.lock:
-        graph = repo.index.graph
+        graph = _stages(repo.index.graph)
         for stage in sorted(
             (stage for stage in graph if stage.name in names), key=lambda s: names.index(s.name)
         ):
@@ -79,6 +95,8 @@ class Inputs(NamedTuple):
     """The same for the same command, inputs and parameters, whatever machine asks."""
     made: tuple[str, ...]
     """Those that other stages make."""
+    added: tuple[str, ...]
+    """Those that `dvc add` put into a folder that the stage reads."""
     settled: bool
     """Whether dvc.lock knows the stage with just these inputs of other stages."""
 
@@ -103,6 +121,7 @@ def inputs(root: Path, name: str) -> Inputs:
         before = {dep.fs_path: dep.hash_info.value for dep in stage.deps}
         facts: dict[str, Any] = {"cmd": stage.cmd}
         made: dict[str, str] = {}
+        added: list[str] = []
         for dep in stage.deps:
             if isinstance(dep, ParamsDependency):
                 facts[f"params {dep.def_path}"] = dep.read_params()
@@ -111,9 +130,12 @@ def inputs(root: Path, name: str) -> Inputs:
             facts[path] = produced.get(dep.fs_path) or _tree(root, path)
             if dep.fs_path in produced:
                 made[path] = dep.fs_path
+            inside = f"{dep.fs_path}{os.sep}"
+            added += [os.path.relpath(out, root) for out in produced if out.startswith(inside)]
         settled = all(produced[path] and produced[path] == before[path] for path in made.values())
     text = json.dumps(facts, sort_keys=True, default=str)
-    return Inputs(hashlib.sha256(text.encode()).hexdigest()[:32], tuple(sorted(made)), settled)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return Inputs(key, tuple(sorted(made)), tuple(sorted(added)), settled)
 
 
 def _tree(root: Path, path: str) -> str:
@@ -132,9 +154,31 @@ _RAN = re.compile(r"^Running stage '([^']+)'")
 _CACHED = re.compile(r"^Stage '([^']+)' is cached - skipping run")
 _UNCHANGED = re.compile(r"^Stage '([^']+)' didn't change, skipping")
 _NOISE = re.compile(
-    r"^(> |$|Updating lock file|Generating lock file|To track the changes|\s+git add"
-    r"|To enable auto staging|\s+dvc config|Use `dvc push`|Data and pipelines are up to date)"
+    r"^(> |$|'.*\.dvc' didn't change, skipping|Updating lock file|Generating lock file"
+    r"|To track the changes|\s+git add|To enable auto staging|\s+dvc config|Use `dvc push`"
+    r"|Data and pipelines are up to date)"
 )
+
+
+_ASIDE = re.compile(
+    r"Having any troubles\?|Is your cache up to date\?|Learn more about|See <|<?https://"
+)
+
+
+def reason(text: str) -> str:
+    """What went wrong, in one line, of what a failed `dvc`, or a stage below it, printed.
+
+    A stage's own error, else DVC's first one with the paths that follow it. The last line is an
+    advice as a rule, or a link.
+    """
+    lines = [line.strip() for line in text.splitlines() if not _ASIDE.match(line.strip())]
+    lines = [line for line in lines if line]
+    own = [line for line in lines if line.startswith("drawplate: ")]
+    begin = next((at for at, line in enumerate(lines) if line.startswith("ERROR: ")), None)
+    if own or begin is None:
+        return (own or lines or ["no output"])[-1]
+    more = takewhile(lambda line: not re.match("[A-Z]+: ", line), lines[begin + 1 :])
+    return " ".join([lines[begin].removeprefix("ERROR: "), *more])
 
 
 # Linux ends a `dvc` whose caller was killed; the stage below it asks for the same.
@@ -219,8 +263,13 @@ def follow(
 
 
 def end_group(process: subprocess.Popen[str], grace: float = 10) -> None:
-    """Asks a process group to end, so that stages can save, and ends it after `grace` seconds."""
-    for sign, patience in ((signal.SIGINT, grace), (signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
+    """Asks a process group to end, so that stages can save, and ends it after `grace` seconds.
+
+    SIGINT has four fifths of them, because on it a stage saves. SIGTERM is its second signal, on
+    which it leaves without saving: one fifth lets go of locks. What is left then gets SIGKILL.
+    """
+    asked = ((signal.SIGINT, 0.8 * grace), (signal.SIGTERM, 0.2 * grace), (signal.SIGKILL, 5.0))
+    for sign, patience in asked:
         try:
             os.killpg(process.pid, sign)
         except ProcessLookupError:

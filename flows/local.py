@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.graph import new_execution, repro
-from stages.quiet import guarded, interruptible
+from drawplate import settings
+from drawplate.core.errors import Exhausted, UserError
+from flows.graph import new_execution, refuse_unknown, repro
+from stages.quiet import INTERRUPTED, guarded, interruptible
 
 _COLUMNS = (
     ("pass@1", "pass_at_1", "{:.1%}"),
@@ -28,15 +33,26 @@ _COLUMNS = (
 def run_pipeline(
     root: Path, stages: Sequence[str] = (), changes: Sequence[str] = (), presets: Sequence[str] = ()
 ) -> int:
-    """Brings the stages up to date, tells MLflow, prints the summary; returns the exit code."""
+    """Brings the stages up to date, tells MLflow, prints the summary; returns the exit code.
+
+    Raises:
+        UserError: there is no such stage, or something in params.yaml is wrong, of whatever stage;
+            nothing has run then.
+        Exhausted: another run is at work here, or a stage was killed.
+    """
     interruptible()
+    if not (root / "dvc.yaml").is_file():
+        raise UserError(f"{root} holds no pipeline (no dvc.yaml); go to a clone of drawplate")
+    refuse_unknown(stages, settings.read(root / "dvc.yaml").get("stages", {}))
     if changes or presets:
         change_params(root / "params.yaml", changes, presets)
+    else:
+        _check_once(root)
     execution = new_execution()
     started = time.monotonic()
-    done = repro(root, stages, environment={"DRAWPLATE_EXECUTION": execution})
+    done = repro(root, stages, environment={"DRAWPLATE_EXECUTION": execution}, line=_line)
     if done.code != 0:
-        return _exit_code(done.tail)
+        return _failed(root, done.tail)
     if all(status == "unchanged" for status in done.statuses.values()):
         from flows.sync import ship
 
@@ -58,17 +74,70 @@ def run_pipeline(
     return 0
 
 
-def _exit_code(tail: str) -> int:
-    """DVC hides a stage's exit code; what it printed says whether the user can mend it."""
-    return 2 if "drawplate:" in tail else 1
+def _check_once(root: Path) -> None:
+    """Checks params.yaml, unless it was right before under the same code.
+
+    That imports all stages, which takes seconds; a run with nothing to do takes less than one.
+    """
+    import drawplate
+
+    code = [Path(drawplate.__file__).parent, Path(__file__).parents[1] / "stages"]
+    files = [root / "params.yaml", *(file for folder in code for file in folder.rglob("*.py"))]
+    seen = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+    checked = root / ".drawplate" / "checked"
+    if checked.exists() and checked.read_text() == seen:
+        return
+    from stages.check import check
+
+    check(settings.read(root / "params.yaml"))
+    checked.parent.mkdir(exist_ok=True)
+    checked.write_text(seen)
+
+
+_STOPPED = re.compile(
+    r"^ERROR: failed to reproduce '(.+?)': failed to run: .*, exited with (-?\d+)$"
+)
+_BUSY = re.compile(r"^ERROR: .* is busy, it is being (blocked|used) by:$")
+_HOLDER = re.compile(r"^  \(PID (\d+)\): ")
+_ADVICE = re.compile(r"^If there are no processes with such PIDs, you can manually remove ")
+
+
+def _line(text: str) -> None:
+    """Prints a line of `dvc repro`, but not how it words what `_failed` says."""
+    if not any(pattern.match(text) for pattern in (_STOPPED, _BUSY, _HOLDER, _ADVICE)):
+        print(text)
+
+
+def _failed(root: Path, tail: str) -> int:
+    """The exit code of a run that failed: that of the stage, if one did.
+
+    Raises:
+        Exhausted: another run is at work, or the stage was killed.
+    """
+    lines = tail.splitlines()
+    if any(map(_BUSY.match, lines)):
+        holders = ", ".join(dict.fromkeys(hit[1] for hit in map(_HOLDER.match, lines) if hit))
+        raise Exhausted(
+            f"{root} is busy: process {holders} runs its stages; wait for it or stop it"
+        )
+    for hit in filter(None, map(_STOPPED.match, lines)):
+        stage, code = hit[1], int(hit[2])
+        # Some shells take their command's place, others outlive it and give 128 + its signal.
+        number = -code if code < 0 else code - 128
+        if number > 0 and code != INTERRUPTED:
+            why = "; most likely for its memory" if number == signal.SIGKILL else ""
+            raise Exhausted(f"stage {stage} was ended by signal {number}{why}")
+        if not any(line.startswith("drawplate: ") for line in lines):
+            print(f"drawplate: stage {stage} failed; what it said stands above", file=sys.stderr)
+        return code
+    return 1  # DVC itself has said why
 
 
 def change_params(file: Path, changes: Sequence[str], presets: Sequence[str]) -> None:
-    """Writes presets and assignments into params.yaml, where DVC looks; comments stay.
+    """Writes presets and assignments into params.yaml, where DVC looks; other lines stay.
 
     Nothing is written unless the result is valid.
     """
-    from drawplate import settings
     from stages.check import check
 
     before = settings.read(file)
@@ -80,6 +149,13 @@ def change_params(file: Path, changes: Sequence[str], presets: Sequence[str]) ->
     from ruamel.yaml import YAML
 
     yaml = YAML()
+    # As params.yaml is written, so that no line changes for its looks.
+    yaml.width = 100
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.brace_single_entry_mapping_in_flow_sequence = True
+    yaml.representer.add_representer(
+        type(None), lambda it, _: it.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     document = yaml.load(file.read_text(encoding="utf-8"))
     _lay(document, tree)
     temporary = file.with_suffix(".yaml.new")
@@ -100,11 +176,15 @@ def _lay(document: Any, tree: Any) -> None:
 
 
 def summary(root: Path) -> str:
-    """The table of all models, and where everything is."""
+    """The table of all models, and where everything is.
+
+    Raises:
+        UserError: nothing was evaluated yet.
+    """
     table = figures_text(root)
     if not table:
         file = root / "metrics" / "evaluate.json"
-        return f"{file} does not exist yet: run the pipeline first."
+        raise UserError(f"{file} does not exist yet: run the pipeline first")
     return "\n".join(
         [
             "",

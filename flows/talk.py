@@ -23,7 +23,9 @@ class Talker:
 
     def greeting(self) -> list[str]:
         """What the model is, and what to ask it."""
-        size = (self.folder / "model.safetensors").stat().st_size
+        from drawplate.core import hf
+
+        size = hf.stored_bytes(self.model)
         return [
             f"{self.folder}: {size:,} bytes. Ask it what it was trained on; an empty line ends."
         ]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from drawplate.core.errors import UserError
 from stages.tracking import log_model, model_of
 
 REGISTERED = "drawplate"
@@ -142,7 +143,6 @@ def _worse(store: Any, champion: Any, name: str, report: Path) -> list[str]:
     """Where the candidate is worse than the champion, or why that cannot be said."""
     if champion is None:
         return []
-    from drawplate.core.errors import UserError
     from drawplate.evaluate.rival import FILES, against
 
     with tempfile.TemporaryDirectory() as folder:

@@ -91,7 +91,9 @@ def _handed_on(model: PreTrainedModel, run: Run) -> PreTrainedModel:
     return model if run.world.first else hf.load(folder).to(device_of(run))
 
 
-compress = Stage("compress", Compress, Inputs, body, "model", together=True)
+compress = Stage(
+    "compress", Compress, Inputs, body, "model", example="-S compress.ratio=0.4", together=True
+)
 
 if __name__ == "__main__":
     main(compress, "A model -> fewer stored bytes by factors or sparsity, then recovery.")

@@ -88,7 +88,7 @@ def story(folders: Sequence[Path]) -> Story:
     return Story(series=series, ledgers=ledgers, lineage=trails)
 
 
-evaluate = Stage("evaluate", Evaluate, Inputs, body, "report")
+evaluate = Stage("evaluate", Evaluate, Inputs, body, "report", example="-S evaluate.problems=50")
 
 if __name__ == "__main__":
     main(evaluate, "Models -> figures, paired verdicts and a report page.")

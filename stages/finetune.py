@@ -16,6 +16,7 @@ from drawplate.lineage import content_hash
 from drawplate.rl.driver import finetune as learn
 from drawplate.rl.params import Finetune
 from stages.problems import problems
+from stages.quiet import keep_kernels
 from stages.run import Run, Stage, device_of, main, write_history
 
 
@@ -40,9 +41,10 @@ class Report(Frozen):
 
 def body(params: Finetune, inputs: Inputs, run: Run) -> Report:
     """Learns from verified answers; the model stays compressed and quantized."""
+    keep_kernels(128)  # rollouts have ever new shapes: all kernels took as much as all else
     model = hf.load(inputs.model).to(device_of(run))
     tokenizer = hf.load_tokenizer(inputs.model)
-    corpus = open_corpus(inputs.corpus, tokenizer)
+    corpus = open_corpus(inputs.corpus, tokenizer, text=False)
     if not isinstance(corpus, Corpus):
         raise UserError(f"{inputs.corpus} is plain text; finetuning needs problems with verdicts")
     asked = problems(corpus, "train")
@@ -76,7 +78,9 @@ def body(params: Finetune, inputs: Inputs, run: Run) -> Report:
     )
 
 
-finetune = Stage("finetune", Finetune, Inputs, body, "model", together=True)
+finetune = Stage(
+    "finetune", Finetune, Inputs, body, "model", example="-S finetune.steps=50", together=True
+)
 
 if __name__ == "__main__":
     main(finetune, "A model -> one that reasons better and shorter, by reinforcement learning.")

@@ -17,16 +17,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from drawplate.core.errors import naming
 from drawplate.core.method import Frozen
 from stages.tracking import FILES, LOG, PROBLEM, RUN, UNSENT, rows
 
 _PATIENCE = {"FINISHED": 8.0, "FAILED": 5.0, "KILLED": 3.0}
 """How an attempt ended -> seconds that its sender goes on trying when the store is away."""
+_CLOSE = 1 << 16
+"""Bytes kept free for the line that closes a journal, so that a full disk does not prevent it."""
 
 
 class Facts(Frozen):
@@ -57,11 +60,14 @@ class Tracker:
         """Why not everything was sent, in one line."""
         self._known: dict[str, int] = {}
         self._log: IO[str]
+        self._room = self.folder / "room"
         self._sender: subprocess.Popen[bytes]
 
     def start(self) -> None:
         """Opens the run in the journal, and starts the sender."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        with naming(self._room):
+            self._room.write_bytes(bytes(_CLOSE))
         log = self.folder / LOG
         with held(self.folder):  # a sender of an earlier attempt may still be at work
             name = self._read_on(log) if log.exists() else secrets.token_hex(8)
@@ -81,23 +87,27 @@ class Tracker:
         if new:
             self._write({"points": new, "step": step})
 
+    def keep(self, artifacts: Iterable[Path]) -> None:
+        """Copies the files that the run shows."""
+        files = self.folder / FILES
+        files.mkdir(exist_ok=True)
+        for path in artifacts:
+            with naming(files / path.name):
+                shutil.copyfile(path, files / path.name)
+
     def finish(
         self,
         status: str,
         *,
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
-        artifacts: list[Path],
     ) -> None:
         """Closes the run and waits until it is sent, or until trying longer would be a nuisance.
 
         `status` is MLflow's word. What could not be sent is kept: beside the work folder where the
         stage is done, in it where the stage will go on.
         """
-        files = self.folder / FILES
-        files.mkdir(exist_ok=True)
-        for path in artifacts:
-            shutil.copyfile(path, files / path.name)
+        self._room.unlink(missing_ok=True)
         outcome = {"status": status, "metrics": dict(metrics), "tags": dict(tags)}
         self._write({"close": outcome})
         os.fsync(self._log.fileno())
@@ -132,8 +142,9 @@ class Tracker:
         return name or secrets.token_hex(8)
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        self._log.write(json.dumps({**row, "time": time.time_ns() // 1_000_000}) + "\n")
-        self._log.flush()
+        with naming(self.folder / LOG):
+            self._log.write(json.dumps({**row, "time": time.time_ns() // 1_000_000}) + "\n")
+            self._log.flush()
 
 
 @contextmanager

@@ -30,7 +30,15 @@ def body(params: Prepare, inputs: Inputs, run: Run) -> PrepareReport:
     return report
 
 
-prepare = Stage("prepare", Prepare, Inputs, body, "corpus", named=lambda params: params.folders)
+prepare = Stage(
+    "prepare",
+    Prepare,
+    Inputs,
+    body,
+    "corpus",
+    example="-S 'prepare.sources=[{name: text}]' -S 'prepare.tasks=[{name: chain_sum}]'",
+    named=lambda params: params.folders,
+)
 
 if __name__ == "__main__":
     main(prepare, "Text and reasoning problems -> tokens, tokenizer, task sets.")

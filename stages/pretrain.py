@@ -58,7 +58,15 @@ def body(params: Pretrain, inputs: Inputs, run: Run) -> Report:
     )
 
 
-pretrain = Stage("pretrain", Pretrain, Inputs, body, "model", together=True)
+pretrain = Stage(
+    "pretrain",
+    Pretrain,
+    Inputs,
+    body,
+    "model",
+    example="-S pretrain.training.steps=500",
+    together=True,
+)
 
 if __name__ == "__main__":
     main(pretrain, "Corpus -> a decoder trained from scratch, or `adopt: FOLDER`.")

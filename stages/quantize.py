@@ -58,7 +58,7 @@ def body(params: Quantize, inputs: Inputs, run: Run) -> Report:
     )
 
 
-quantize = Stage("quantize", Quantize, Inputs, body, "model")
+quantize = Stage("quantize", Quantize, Inputs, body, "model", example="-S quantize.bits=3")
 
 if __name__ == "__main__":
     main(quantize, "A model -> packed codes of 2, 3, 4 or 8 bits.")

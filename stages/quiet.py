@@ -10,6 +10,11 @@ from typing import Any, NoReturn
 
 import click
 
+from drawplate.core.errors import told
+
+INTERRUPTED = 130
+"""The exit code of a command that was asked to stop, as shells give it for SIGINT."""
+
 
 def quiet_environment() -> None:
     """No tool phones home or draws bars; set before any of them is imported."""
@@ -22,6 +27,16 @@ def quiet_environment() -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def keep_kernels(most: int) -> None:
+    """Keeps kernels for the last `most` shapes of products in memory, in place of 1024.
+
+    Each takes up to a megabyte. Fewer than one step needs again cost time, more are of no use where
+    shapes are ever new. Has no effect once the process has multiplied.
+    """
+    for layer in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # the latter is ideep's
+        os.environ.setdefault(layer, str(most))
 
 
 def interruptible() -> None:
@@ -54,12 +69,11 @@ def guarded(entry: Callable[[], Any]) -> int:
             "drawplate: interrupted; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
-        return 130
+        return INTERRUPTED
     except Exception as error:
-        # Our errors can only have been raised if their module, which is heavy to import, is there.
-        errors = sys.modules.get("drawplate.core.errors")
-        if errors is None or not isinstance(error, errors.DrawplateError):
+        known = told(error)
+        if known is None:
             raise
-        print(f"drawplate: {error}", file=sys.stderr)
-        return int(error.code)
+        print(f"drawplate: {known}", file=sys.stderr)
+        return known.code
     return 0

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import click
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from drawplate.core.errors import DrawplateError, Exhausted, UserError
+from drawplate.core.errors import DrawplateError, Exhausted, UserError, naming
 from drawplate.core.method import Frozen
 from drawplate.core.progress import Watch
 from drawplate.data.engine import Engine, Here
@@ -43,8 +43,8 @@ class Execution(Frozen):
     """Processes on this machine that train together in pretrain, compress and finetune."""
     nnodes: int = Field(default=1, ge=1)
     """Machines that do so; each runs the same command, on storage that all of them share."""
-    rendezvous: str | None = None
-    """host:port where the machines meet, the host being one of them; needed where nnodes > 1."""
+    address: str | None = None
+    """By which the other machines reach this one; null: its host name."""
     sharded: bool = False
     """Whether pretrain splits the weights over its processes (FSDP2); else each holds them all."""
     restarts: int = Field(default=3, ge=0)
@@ -55,12 +55,6 @@ class Execution(Frozen):
     """Where tensors live: cpu, cuda, cuda:1, ..."""
     tracking: bool = True
     """Whether runs are logged to MLflow."""
-
-    @model_validator(mode="after")
-    def _meet(self) -> Execution:
-        if self.nnodes > 1 and self.rendezvous is None:
-            raise ValueError("nnodes > 1 needs `rendezvous`, the host:port where machines meet")
-        return self
 
     @property
     def processes(self) -> int:
@@ -88,13 +82,23 @@ class Run:
     _shown: float = 0.0
 
     def part(self, label: str) -> Watch:
-        """A watch that shows and logs the steps of one part of the stage, `label`."""
+        """A watch that shows and logs the steps of one part of the stage, `label`.
+
+        Where they do not say how long they will take, the pace since the first of them does.
+        """
+        first: tuple[int, float] | None = None
 
         def watch(step: int, total: int, metrics: Mapping[str, float]) -> None:
+            nonlocal first
             if self.tracker is not None:
                 self.tracker.point(
                     step, {f"{label}.{key}": value for key, value in metrics.items()}
                 )
+            now = time.monotonic()
+            first = first or (step, now)
+            if "eta" not in metrics and first[0] < step < total:
+                pace = (now - first[1]) / (step - first[0])
+                metrics = {**metrics, "eta": pace * (total - step)}
             self._show(label, step, total, metrics)
 
         return watch
@@ -148,6 +152,8 @@ class Stage(Generic[P, I, R]):
     body: Callable[[P, I, Run], R]
     kind: str
     """Kind of artifact that the output is: corpus, model or report."""
+    example: str = ""
+    """Parameters that its help shows, as a user types them."""
     together: bool = False
     """Whether it trains, in as many processes as `execution` says."""
     named: Callable[[P], Mapping[str, Path]] = lambda params: {}
@@ -196,8 +202,9 @@ class Stage(Generic[P, I, R]):
         from drawplate import lineage
         from drawplate.core.artifact import publish, read_manifest
 
-        threads = _threads(execution, world)
         folders = _folders(inputs) | _named(self.named(params))
+        _refuse_overlap(out, [metrics, record], [*folders.values(), *_paths(params)])
+        threads = _threads(execution, world)
         node = lineage.Node(
             stage=self.name,
             params=params.model_dump(mode="json"),
@@ -212,7 +219,13 @@ class Stage(Generic[P, I, R]):
             with suppress(Left):
                 self.body(params, inputs, Run(work, work, execution, self.name, world=world))
             return None
-        with _only_one(beside / f"{out.name}.lock", out), _only_one(work.with_suffix(".lock"), out):
+        with (
+            _only_one(beside / f"{out.name}.lock", out),
+            _only_one(work.with_suffix(".lock"), out),
+            Note(metrics) as noted,
+            Note(record) as recorded,
+            Note(lineage.places_file(out)) as placed,
+        ):
             work.mkdir(parents=True, exist_ok=True)
             tracker = _tracker(self.name, trail, out, work) if execution.tracking else None
             started = time.time()
@@ -224,6 +237,13 @@ class Stage(Generic[P, I, R]):
                         sourced = trail.node.model_copy(update={"sources": run.sources})
                         trail = trail.model_copy(update={"node": sourced})
                     lineage.write(trail, folder)
+                    figures = {k: v for k, v in flat(report.model_dump()).items() if _is_number(v)}
+                    # What a full disk can still prevent comes before the output, not after it.
+                    noted.draft(figures)
+                    recorded.draft({})
+                    placed.draft({})
+                    if tracker is not None:
+                        tracker.keep(folder / name for name in [*run.artifacts, lineage.FILE])
                 digest = read_manifest(out).tree_hash
             except BaseException as error:
                 if tracker is not None:
@@ -231,29 +251,72 @@ class Stage(Generic[P, I, R]):
                         "KILLED" if _was_stopped(error) else "FAILED",
                         metrics={},
                         tags={"drawplate.error": str(error)[:500] or type(error).__name__},
-                        artifacts=[],
                     )
                 raise
             seconds = time.time() - started
-            figures = {k: v for k, v in flat(report.model_dump()).items() if _is_number(v)}
+            noted.show(figures)
+            placed.show(_places(folders))
             run_id = None
             if tracker is not None:
                 tracker.finish(
                     "FINISHED",
                     metrics=figures | {"seconds": seconds},
                     tags={"drawplate.output": digest, "drawplate.kind": self.kind},
-                    artifacts=[out / name for name in [*run.artifacts, lineage.FILE]],
                 )
                 run_id = tracker.run_id
                 if tracker.problem is not None:
                     run.say(f"MLflow did not take everything, the rest is kept: {tracker.problem}")
-            if metrics is not None:
-                _write_json(metrics, figures)
-            if record is not None:
-                _write_json(record, _record(self.name, out, digest, run_id, started, seconds))
+            recorded.show(_record(self.name, out, digest, run_id, started, seconds))
             _clear(work)
         run.say(f"{out} is ready ({seconds:.0f} s)")
         return report
+
+
+class Note:
+    """A JSON file that a stage writes beside its output, where somebody asked for it.
+
+    It takes its place on the disk before the output is there, and its name after it.
+    """
+
+    _ROOM = 1 << 14
+    """Bytes for what is known only later, longer than any record of a run."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self._hidden: Path | None = None
+
+    def __enter__(self) -> Note:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._hidden is not None:
+            self._hidden.unlink(missing_ok=True)
+
+    def draft(self, value: Mapping[str, Any]) -> None:
+        """Writes `value`, and room for more."""
+        if self.path is None:
+            return
+        if self.path.is_dir():
+            raise UserError(f"{self.path} is a folder; name a file")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._hidden = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        with naming(self.path), self._hidden.open("w", encoding="utf-8") as file:
+            file.write(_json(value) + " " * self._ROOM)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def show(self, value: Mapping[str, Any]) -> None:
+        """Puts `value` in the place of the draft and gives it its name."""
+        if self.path is None or self._hidden is None:
+            return
+        with naming(self.path), self._hidden.open("r+", encoding="utf-8") as file:
+            file.write(_json(value))
+            file.truncate()
+        self._hidden.replace(self.path)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
 def _folders(inputs: Frozen) -> dict[str, Path]:
@@ -275,6 +338,35 @@ def _named(folders: Mapping[str, Path]) -> dict[str, Path]:
         if not folder.is_dir():
             raise UserError(f"{key}: {folder} does not exist; name a folder")
     return {key.rsplit(".", 1)[-1]: folder for key, folder in folders.items()}
+
+
+def _places(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Where inputs lie, so that `drawplate lineage` finds them."""
+    from drawplate.lineage import Places
+
+    inputs = {role: folder.resolve() for role, folder in folders.items()}
+    return Places(root=Path.cwd(), inputs=inputs).model_dump(mode="json")
+
+
+def _paths(params: Frozen) -> list[Path]:
+    """Files and folders that parameters name."""
+    return [value for value in flat(params.model_dump()).values() if isinstance(value, Path)]
+
+
+def _refuse_overlap(out: Path, notes: Sequence[Path | None], inputs: Sequence[Path]) -> None:
+    """What a stage reads is not what it writes, and what it writes has a place of its own."""
+    made = out.resolve()
+    for path in inputs:
+        read = path.resolve()
+        if made.is_relative_to(read) or read.is_relative_to(made):
+            raise UserError(
+                f"{out} would replace or change {path}, which this stage reads; "
+                "name another folder to make"
+            )
+    for note in filter(None, notes):
+        for path in (out, *inputs):
+            if note.resolve().is_relative_to(path.resolve()):
+                raise UserError(f"{note} would change {path}; name a file elsewhere")
 
 
 def _was_stopped(error: BaseException) -> bool:
@@ -299,13 +391,6 @@ def _record(
         "seconds": round(seconds, 3),
         "peak_memory": peak_memory(),
     }
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _is_number(value: Any) -> bool:
@@ -381,10 +466,9 @@ def _only_one(lock: Path, out: Path) -> Iterator[None]:
             raise Exhausted(
                 f"{out} is being made by process {file.read().strip()}; wait for it or stop it"
             ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+        with naming(lock):
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield
 
 
@@ -417,13 +501,22 @@ def prepare_process() -> None:
 def settings_for(
     stage: Stage[Any, Any, Any], file: Path | None, presets: Sequence[str], changes: Sequence[str]
 ) -> tuple[Any, Execution]:
-    """A stage's parameters and execution settings: params.yaml, then presets, then `-S`."""
+    """A stage's parameters and execution settings: params.yaml, then presets, then `-S`.
+
+    Raises:
+        UserError: a section is unknown, what it holds is wrong, or a preset or change has no effect
+            because it belongs to another stage; the file may hold the sections of all stages.
+    """
     from drawplate import settings
 
     tree = settings.read(file) if file is not None else {}
-    for name in presets:
-        tree = settings.merge(tree, settings.preset(name))
+    given = [(f"--preset {name}", settings.preset(name)) for name in presets]
+    for _, differences in given:
+        tree = settings.merge(tree, differences)
     tree = settings.override(tree, changes)
+    given += [
+        (f"-S {change}", {change.partition("=")[0].partition(".")[0]: 0}) for change in changes
+    ]
     known = {*names(), "execution"}
     for section in tree:
         if section not in known:
@@ -431,6 +524,12 @@ def settings_for(
             raise UserError(
                 f"{section!r} is no section{near}; there are: {', '.join(sorted(known))}"
             )
+    for option, sections in given:
+        for section in sections:
+            if section not in (stage.name, "execution"):
+                raise UserError(
+                    f"{option} is for {section} and has no effect on {stage.name}; leave it out"
+                )
     params = settings.validate(stage.params, tree.get(stage.name), stage.name)
     return params, settings.validate(Execution, tree.get("execution"), "execution")
 
@@ -526,7 +625,7 @@ def command(stage: Stage[Any, Any, Any], doc: str) -> click.Command:
 
     needed = [option for option in (*roles, *common) if option.required]
     words = " ".join(f"{option.opts[0]} {option.opts[0].strip('-').upper()}" for option in needed)
-    doc += f"\n\n\b\nExample:\n  drawplate {stage.name} {words} --params params.yaml"
+    doc += f"\n\n\b\nExample:\n  drawplate {stage.name} {words} {stage.example}"
     return click.Command(stage.name, params=[*roles, *common], callback=call, help=doc)
 
 

@@ -2,7 +2,7 @@
 
 The stage's own process is the agent. It passes signals on, and where a process is lost it starts
 all of them again, from their last checkpoint. The first process does what a lone one would do; the
-others only train.
+others only train. Agents meet in a file beside the output, so no machine has to outlive the others.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from drawplate.core.errors import DrawplateError, Exhausted
+from drawplate.core.errors import DrawplateError, Exhausted, told
 from drawplate.core.method import Frozen
 from stages.run import STATE, Execution, Stage, prepare_process
 
@@ -28,6 +29,8 @@ I = TypeVar("I", bound=Frozen)  # noqa: E741
 R = TypeVar("R", bound=Frozen)
 LOST = 75
 """Exit code of a process whose peers are gone (EX_TEMPFAIL: worth another try)."""
+STOPPED = 130
+"""Exit code of a process that was told to stop, here or on another machine, and has saved."""
 
 
 class Order(Frozen):
@@ -91,12 +94,13 @@ def launch(
     state.mkdir(parents=True, exist_ok=True)
     report = state / f"{out.name}.report.json"
     lost = ""
-    for attempt in range(execution.restarts + 1):
+    for _ in range(execution.restarts + 1):
         if lost:
             print(f"[{stage.name}] {lost}; starting again", file=sys.stderr, flush=True)
+        place = _place(state, out.name)
         with tempfile.TemporaryDirectory(prefix="drawplate-") as folder:
             order.write(Path(folder))
-            lost = _attempt(Path(folder), report, execution, f"{out.resolve()}-{attempt}")
+            lost = _attempt(Path(folder), report, execution, place)
         if not lost:
             return result.model_validate_json(report.read_bytes())
     raise Exhausted(
@@ -105,10 +109,24 @@ def launch(
     )
 
 
-def _attempt(folder: Path, report: Path, execution: Execution, run: str) -> str:
+def _place(state: Path, name: str) -> Path:
+    """The file where the agents of `name` meet, the latest one: each attempt has its own."""
+    numbers = sorted(int(file.suffix[1:]) for file in state.glob(f"{escape(name)}.meeting.*"))
+    for old in numbers[:-2]:  # of the one before the latest, an agent may still take leave
+        (state / f"{name}.meeting.{old}").unlink(missing_ok=True)
+    return state / f"{name}.meeting.{numbers[-1] if numbers else 0}"
+
+
+def _next(place: Path) -> None:
+    """Nobody who comes from now on goes to `place`."""
+    place.with_suffix(f".{int(place.suffix[1:]) + 1}").touch()
+
+
+def _attempt(folder: Path, report: Path, execution: Execution, place: Path) -> str:
     """Starts the processes and waits for them: empty where all is done, else what was lost."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -116,11 +134,12 @@ def _attempt(folder: Path, report: Path, execution: Execution, run: str) -> str:
         min_nodes=execution.nnodes,
         max_nodes=execution.nnodes,
         nproc_per_node=execution.nproc,
-        run_id=run,
+        run_id=place.name,
         rdzv_backend="c10d",
-        rdzv_endpoint=execution.rendezvous or "127.0.0.1:0",
+        rdzv_endpoint=str(place),
+        rdzv_configs={"store_type": "file"},
         max_restarts=0,
-        local_addr=None if execution.rendezvous else "127.0.0.1",
+        local_addr=execution.address if execution.nnodes > 1 else "127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
         signals_to_handle="SIGTERM,SIGINT",
     )
@@ -130,9 +149,18 @@ def _attempt(folder: Path, report: Path, execution: Execution, run: str) -> str:
             start("-m", "stages.together", str(folder), str(report))
     except SignalException:
         raise KeyboardInterrupt from None
+    except RendezvousClosedError:
+        return "the other machines went on to another attempt"
+    except RendezvousTimeoutError:
+        raise Exhausted(
+            f"{execution.nnodes} machines did not meet within ten minutes; start the same command "
+            "on each of them, on storage that all share, or lower execution.nnodes"
+        ) from None
     except ChildFailedError as error:
         _raise_what_they_said(folder)
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if STOPPED in codes.values():
+            raise KeyboardInterrupt from None
         # The agent ends the others with SIGTERM, so that says nothing about them.
         gone = {rank: code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
         for rank, code in gone.items():
@@ -140,6 +168,8 @@ def _attempt(folder: Path, report: Path, execution: Execution, run: str) -> str:
         if LOST in codes.values():
             return "a process on another machine was lost"
         raise
+    finally:
+        _next(place)
     return ""
 
 
@@ -183,20 +213,26 @@ def _help(folder: Path, report: Path) -> int:
             if made is not None:
                 report.write_text(made.model_dump_json(), encoding="utf-8")
             world.any(False)  # nobody leaves before the output is there
-    except DrawplateError as error:
-        failure = Failure(code=error.code, message=str(error))
-        file = folder / f"failure-{os.environ['RANK']:0>6}.json"
-        file.write_text(failure.model_dump_json(), encoding="utf-8")
-        return error.code
     except KeyboardInterrupt:
-        return 130
-    except (dist.DistError, RuntimeError) as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        return LOST
+        return STOPPED
+    except Exception as error:
+        if known := told(error):
+            failure = Failure(code=known.code, message=str(known))
+            file = folder / f"failure-{os.environ['RANK']:0>6}.json"
+            file.write_text(failure.model_dump_json(), encoding="utf-8")
+            return known.code
+        if isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and "gloo" in str(error)
+        ):
+            return LOST
+        raise
     return 0
 
 
 if __name__ == "__main__":
     prepare_process()
-    sys.exit(_help(Path(sys.argv[1]), Path(sys.argv[2])))
+    verdict = _help(Path(sys.argv[1]), Path(sys.argv[2]))
+    # Where another process was lost, the agent ends this one, which by now may be on its way out.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(verdict)

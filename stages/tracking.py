@@ -36,6 +36,12 @@ def uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
+def exists() -> bool:
+    """Whether the store can be asked: an SQLite file that is not there would be made by asking."""
+    file = uri().removeprefix("sqlite:///")
+    return file == uri() or Path(file).exists()
+
+
 def client() -> Any:
     """A client of the tracking store and of its model registry; it gives up within seconds."""
     quiet_environment()

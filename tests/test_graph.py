@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.graph import nodes, repro
+from flows.graph import inputs, nodes, outdated, reason, repro
 
 DVC = [sys.executable, "-m", "dvc"]
 YAML = """
@@ -74,6 +74,30 @@ def test_it_is_told_what_ran_what_did_not_change_and_what_was_cached(project):
     assert (project / "last.txt").read_text() == "one"
 
 
+def test_a_text_of_the_user_is_an_input_whether_dvc_keeps_it_or_not(project):
+    texts = project / "texts"
+    texts.mkdir()
+    (texts / "README.md").write_text("here")
+    (project / "dvc.yaml").write_text(YAML.replace("[first.py]", "[first.py, texts]"))
+    every = ("first", "middle", "last")
+    assert run(project).statuses == dict.fromkeys(every, "ran")
+    (texts / "notes.txt").write_text("one")
+    assert run(project).statuses == {**dict.fromkeys(every, "unchanged"), "first": "ran"}
+    subprocess.run([*DVC, "add", "texts/notes.txt"], cwd=project, check=True, capture_output=True)
+    for name in ("notes.txt.dvc", ".gitignore"):
+        assert (texts / name).exists()
+    run(project)
+    (texts / "notes.txt").write_text("two")
+    told = []
+    assert repro(project, line=told.append).statuses["first"] == "ran"
+    assert repro(project, line=told.append).statuses == dict.fromkeys(every, "unchanged")
+    assert not [line for line in told if "skipping" in line and ".dvc" in line]
+    assert [node.name for node in nodes(project)] == list(every)
+    assert outdated(project, every) == []
+    read = inputs(project, "first")
+    assert (read.made, read.added) == ((), ("texts/notes.txt",))
+
+
 def test_one_stage_alone_leaves_the_others(project):
     run(project)
     (project / "params.yaml").write_text("word: two\n")
@@ -84,8 +108,13 @@ def test_a_failing_stage_fails_the_call_and_shows_its_last_words(project):
     (project / "params.yaml").write_text("word: bad\n")
     done = run(project)
     assert done.code != 0
-    assert "drawplate: this word is bad" in done.tail
+    assert reason(done.tail) == "drawplate: this word is bad"
     assert not (project / "last.txt").exists()
+    (project / "first.py").write_text("1 / 0")
+    assert reason(run(project).tail) == (
+        "failed to reproduce 'first': failed to run: python first.py, exited with 1"
+    )
+    assert reason("") == "no output"
 
 
 CALL = """

@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,9 @@ from drawplate import lineage
 from drawplate.core.artifact import publish, verify
 from drawplate.core.errors import Exhausted, UserError
 from drawplate.core.method import Frozen
-from stages.run import Execution, Run, Stage
+from stages.quiet import guarded
+from stages.run import Execution, Run, Stage, names
+from tests import faults
 
 
 class Knobs(Frozen):
@@ -95,6 +101,137 @@ def test_a_damaged_input_is_refused_before_any_work(tmp_path, source):
     assert not (tmp_path / "out").exists()
 
 
+def all_inputs():
+    """Every input of every stage: its role, or the key of the parameter that names it."""
+    for name in names():
+        made = getattr(import_module(f"stages.{name}"), name)
+        yield from ((made, role, {}) for role in made.inputs.model_fields)
+    synthetic = {"name": "self_lengthen", "model": "read"}
+    needed = {"sources": [{"name": "text"}], "tasks": [{"name": "chain_sum"}]}
+    for key, value in (("tokenizer", "read"), ("synthetic", synthetic)):
+        yield import_module("stages.prepare").prepare, "", needed | {key: value}
+    yield import_module("stages.pretrain").pretrain, "", {"adopt": "read"}
+
+
+@pytest.mark.parametrize("out", ["read", ".", "read/x"])
+def test_no_stage_replaces_or_changes_what_it_reads(tmp_path, monkeypatch, out):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in ("read", "../other"):
+        with publish(Path(folder), "model") as inside:
+            (inside / "data").write_text(folder)
+    before = lineage.content_hash(Path("read"))
+    for made, role, given in all_inputs():
+        fields = made.inputs.model_fields
+        folders = {key: "read" if key == role else "../other" for key in fields}
+        several = {key for key in fields if "tuple" in str(fields[key].annotation)}
+        inputs = made.inputs(**{k: (v,) if k in several else v for k, v in folders.items()})
+        params = made.params.model_validate(given)
+        with pytest.raises(UserError, match=rf"^{re.escape(out)} would .* read, which"):
+            made(params, inputs, Path(out), execution=quiet)
+        assert lineage.content_hash(Path("read")) == before
+        assert [path.name for path in Path().iterdir()] == ["read"]
+
+
+@pytest.mark.parametrize("option", ["metrics", "record"])
+@pytest.mark.parametrize("place", ["source", "out"])
+def test_figures_do_not_go_into_what_is_read_or_made(tmp_path, source, option, place):
+    note = {option: tmp_path / place / "note.json"}
+    with pytest.raises(UserError, match=f"note.json would change .*{place}; name a file elsewhere"):
+        stage(Knobs(), Inputs(source=source), tmp_path / "out", execution=quiet, **note)
+    verify(source)
+    assert not (tmp_path / "out").exists()
+
+
+def full(disk):
+    """Fills a small disk to the last byte."""
+    with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("place", ["metrics", "record", "state"])
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, source, monkeypatch, capsys, place):
+    out, notes = tmp_path / "out", tmp_path / "notes"
+    folders = dict.fromkeys(("metrics", "record"), notes) | {"state": tmp_path / "state"}
+    with faults.small_disk(tmp_path / "disk", 1) as disk:
+        folders[place] = disk / "here"
+        monkeypatch.setenv("DRAWPLATE_STATE", str(folders["state"]))
+
+        def make(text):
+            files = {name: folders[name] / f"{name}.json" for name in ("metrics", "record")}
+            call = Knobs(text=text), Inputs(source=source), out
+            return guarded(lambda: stage(*call, execution=quiet, **files))
+
+        def left():
+            files = [folders[name] / f"{name}.json" for name in ("metrics", "record")]
+            return lineage.content_hash(out), [file.read_text() for file in files]
+
+        assert make("old") == 0
+        before = left()
+        capsys.readouterr()
+        full(disk)
+        assert make("new one") == 4
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if "[toy]" not in line]
+        assert said.startswith(f"drawplate: {disk}/here/")
+        assert "no space left" in said
+        assert left() == before
+        verify(out)
+        (disk / "filler").unlink()
+        # The same call again, as `dvc repro` makes it, finishes.
+        assert make("new one") == 0
+        digest, (figures, record) = left()
+        assert json.loads(figures)["size"] == len("new one")
+        assert json.loads(record)["hash"] == digest != before[0]
+        for name in ("metrics", "record"):
+            assert not list(folders[name].glob("*.json.*"))
+
+
+def test_what_the_journal_shows_and_its_end_have_their_room_before_the_output(
+    tmp_path, source, store, monkeypatch, capsys
+):
+    from stages.tracking import experiment
+
+    def filling(params, inputs, run):
+        report = body(params, inputs, run)
+        full(run.work.parents[1])
+        return report
+
+    with faults.small_disk(tmp_path / "disk", 1) as disk:
+        monkeypatch.setenv("DRAWPLATE_STATE", str(disk / "here"))
+        call = Knobs(), Inputs(source=source), tmp_path / "out"
+        assert guarded(lambda: replace(stage, body=filling)(*call)) == 4
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(rf"drawplate: {disk}/here/.* no space left", said)
+        assert not (tmp_path / "out").exists()
+        (run,) = [
+            run for run in store.search_runs([experiment(store)])
+            if run.data.tags.get("drawplate.stage")
+        ]  # fmt: skip
+        assert run.info.status == "FAILED"
+
+
+@pytest.mark.parametrize("option", ["metrics", "record"])
+def test_figures_that_cannot_be_written_are_said_before_the_output_is_there(
+    tmp_path, source, capsys, option
+):
+    (tmp_path / "file").write_text("")
+    for wrong in ("file/note.json", "."):
+        call = Knobs(), Inputs(source=source), tmp_path / "here" / "out"
+        note = {option: tmp_path / wrong}
+        assert guarded(lambda c=call, n=note: stage(*c, execution=quiet, **n)) == 2
+        assert str(tmp_path / wrong.split("/")[0]) in capsys.readouterr().err.splitlines()[-1]
+        assert not call[2].exists()
+
+
+def test_a_folder_below_a_file_is_one_line(tmp_path, source, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    assert guarded(lambda: stage(Knobs(), Inputs(source=source), out, execution=quiet)) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"drawplate: {tmp_path}/file.*: not a directory; .*\n", said)
+
+
 SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -136,6 +273,23 @@ def test_two_runs_at_once_one_is_told_who_holds_it(tmp_path, source):
         process.communicate()
     # A holder that was killed holds nothing.
     stage(Knobs(), Inputs(source=source), tmp_path / "out", execution=quiet)
+
+
+def test_steps_that_say_no_time_left_are_given_one_by_their_pace(tmp_path, monkeypatch, capsys):
+    clock = iter([100.0, 110.0, 140.0, 150.0, 160.0, 170.0, 180.0, 190.0])
+    monkeypatch.setattr("stages.run.time.monotonic", lambda: next(clock))
+    watch = Run(tmp_path, tmp_path, quiet, "toy").part("a")
+    watch(3, 10, {"loss": 1.0})  # it goes on where an earlier run stopped
+    watch(5, 10, {"loss": 0.5})
+    watch(6, 10, {"eta": 5})
+    watch(10, 10, {})
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "[toy] a 3/10  loss 1.000",
+        "[toy] a 5/10  loss 0.500  1:40 left",
+        "[toy] a 6/10  0:05 left",
+        "[toy] a 10/10",
+    ]
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from drawplate import lineage
 from drawplate.core.artifact import publish, verify
@@ -71,16 +70,26 @@ def test_other_numbers_of_processes_follow_the_same_series(source, two, tmp_path
             assert one[name] == pytest.approx(other[name], rel=2e-4), name
 
 
-def start(source, out, pause, nproc=2):
-    """A run in a process of its own, and those that it started, once it has trained some steps."""
-    command = [sys.executable, "-m", "tests.together_stage", source, out, str(nproc), str(pause)]
-    process = subprocess.Popen(
+def agent(source, out, pause, nproc, nnodes=1):
+    """A run in a process of its own."""
+    command = [sys.executable, "-m", "tests.together_stage", source, out, nproc, pause, nnodes]
+    return subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def start(source, out, pause, nproc=2):
+    """A run in a process of its own, and those that it started, once it has trained some steps."""
+    process = agent(source, out, pause, nproc)
+    wait_for_steps(process, out)
+    return process, children(process.pid)
+
+
+def wait_for_steps(process, out):
     deadline = time.monotonic() + 120
     while not (found := list(out.parent.glob(".drawplate/stage-*/*/metrics.jsonl"))) or (
         len(found[0].read_bytes().splitlines()) < 3
@@ -88,7 +97,6 @@ def start(source, out, pause, nproc=2):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return process, children(process.pid)
 
 
 def children(pid):
@@ -165,6 +173,17 @@ def test_an_error_is_told_once_and_nothing_starts_again(source, tmp_path, rank, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_what_the_operating_system_refuses_a_process_is_told_in_one_line_too(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    call = Knobs(), Inputs(source=source), tmp_path / "out"
+    execution = Execution(nproc=2, tracking=False, threads=1)
+    with pytest.raises(DrawplateError, match=r"/file: file exists; ") as caught:
+        stage(*call, metrics=tmp_path / "file" / "m.json", execution=execution)
+    assert caught.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_losses_have_a_limit(source, tmp_path, monkeypatch):
     monkeypatch.setattr("stages.together._attempt", lambda *_: "process 1 was ended by SIGKILL")
     execution = Execution(nproc=2, restarts=2, tracking=False)
@@ -172,7 +191,57 @@ def test_losses_have_a_limit(source, tmp_path, monkeypatch):
         launch(stage, Knobs(), Inputs(source=source), tmp_path / "out", None, None, execution)
 
 
-def test_machines_need_a_place_to_meet():
-    with pytest.raises(ValidationError, match="rendezvous"):
-        Execution(nnodes=2)
-    assert Execution(nnodes=2, nproc=4, rendezvous="host:29500").processes == 8
+def two_machines(source, out, pause):
+    """Two agents, each with a process, that meet as those of two machines would."""
+    return [agent(source, out, pause, 1, 2) for _ in range(2)]
+
+
+def ends(processes, *codes):
+    """Waits for the processes; what each said."""
+    found = [process.communicate(timeout=180)[0] for process in processes]
+    assert tuple(process.returncode for process in processes) == codes, found
+    assert not [said for said in found if "Traceback" in said]
+    return [said.rstrip() for said in found]
+
+
+def test_two_machines_make_what_two_processes_make(source, two, tmp_path):
+    ends(two_machines(source, tmp_path / "out", 0.0), 0, 0)
+    equal(tmp_path / "out", two[1])
+
+
+@pytest.mark.slow
+def test_a_process_lost_on_one_machine_is_replaced_on_both(source, two, tmp_path):
+    machines = two_machines(source, tmp_path / "out", 0.3)
+    wait_for_steps(machines[0], tmp_path / "out")
+    ranks = [children(machine.pid) for machine in machines]
+    (second,) = (workers[1] for workers in ranks if 1 in workers)
+    os.kill(second, signal.SIGKILL)
+    said = "".join(ends(machines, 0, 0))
+    assert "process 1 was ended by SIGKILL; starting again" in said
+    assert "a process on another machine was lost; starting again" in said
+    equal(tmp_path / "out", two[1])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_machine_saves_and_ends_both(source, two, tmp_path):
+    machines = two_machines(source, tmp_path / "out", 0.3)
+    wait_for_steps(machines[0], tmp_path / "out")
+    machines[1].send_signal(signal.SIGTERM)
+    other, told = ends(machines, 143, 130)
+    assert other.splitlines()[-1].startswith("drawplate: stopped by SIGTERM after step")
+    assert told.splitlines()[-1].startswith("drawplate: interrupted; the same command")
+    ends(two_machines(source, tmp_path / "out", 0.3), 0, 0)
+    equal(tmp_path / "out", two[1])
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_gone_may_come_back(source, two, tmp_path):
+    out = tmp_path / "out"
+    machines = two_machines(source, out, 0.3)
+    wait_for_steps(machines[0], out)
+    for pid in (*children(machines[1].pid).values(), machines[1].pid):
+        os.kill(pid, signal.SIGKILL)
+    machines[1].communicate()
+    machines[1] = agent(source, out, 0.3, 1, 2)
+    ends(machines, 0, 0)
+    equal(out, two[1])

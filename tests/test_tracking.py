@@ -174,7 +174,8 @@ def flood(server, folder, writers, points, kills, pause):
             for earlier in range(points // 3, points // 2 + 1):
                 again.point(earlier, {"loss": 0.0})
     for tracker in trackers:
-        tracker.finish("FINISHED", metrics=DONE["metrics"], tags={}, artifacts=[figure])
+        tracker.keep([figure])
+        tracker.finish("FINISHED", metrics=DONE["metrics"], tags={})
     began = time.monotonic()
     while drain(folder):
         time.sleep(0.5)
@@ -214,7 +215,7 @@ def test_a_stage_ends_well_without_its_server_and_is_sent_later(store, tmp_path,
     tracker = Tracker(facts("late"), tmp_path / ".drawplate/late-1")
     tracker.start()
     tracker.point(1, {"loss": 1.0})
-    tracker.finish("FAILED", metrics={}, tags={"drawplate.error": "x"}, artifacts=[])
+    tracker.finish("FAILED", metrics={}, tags={"drawplate.error": "x"})
     assert "refused" in tracker.problem or "Max retries" in tracker.problem
     assert tracker.run_id is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", there)
@@ -327,7 +328,8 @@ def computed(root, stage, out, execution, **inputs):
     digest = lineage.content_hash(root / out)
     tags = {"drawplate.kind": "model", "drawplate.output": digest}
     said = facts(stage, execution, inputs=inputs, tags={"drawplate.folder": str(root / out)})
-    journal(root / f".drawplate/unsent/{stage}", said, close=DONE | {"tags": tags})
+    files = {lineage.FILE: (root / out / lineage.FILE).read_text()}
+    journal(root / f".drawplate/unsent/{stage}", said, close=DONE | {"tags": tags}, files=files)
     return digest
 
 
@@ -382,3 +384,48 @@ def test_an_execution_is_brought_up_to_date_when_the_store_is_back(store, projec
     assert set(runs(store)) == {"pipeline one", "prepare", "compress"}
     assert runs(store)["pipeline one"].data.tags["stage.compress.status"] == "ran"
     assert not list((project / ".drawplate/unsent").iterdir())
+
+
+def test_a_run_of_a_clone_that_is_gone_is_walked_from_what_lies_here_or_its_record(
+    store, project, capsys, monkeypatch
+):
+    from flows.cli import cli
+
+    clone = project.rename(project.with_name("clone"))
+    corpus = computed(clone, "prepare", "data/corpus", "one")
+    computed(clone, "compress", "models/small", "one", corpus=corpus)
+    assert drain(clone) == {}
+    clone.rename(project)
+    monkeypatch.chdir(project)
+    run = runs(store)["compress"].info.run_id
+
+    def told():
+        capsys.readouterr()
+        cli.main(["lineage", run], standalone_mode=False)
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    small, data = project / "models/small", project / "data/corpus"
+    steps = [
+        ["output:", "compress", lineage.content_hash(small)[:12], "verified", str(small)],
+        ["source", "web:", "1"],
+        ["corpus:", "prepare", corpus[:12], "verified", str(data)],
+        ["source", "web:", "1"],
+    ]
+    assert told() == steps
+    shutil.rmtree(small)
+    assert told() == [[*steps[0][:3], "not", "found"], *steps[1:]]
+    shutil.rmtree(data)
+    assert told() == [
+        [*steps[0][:3], "not", "found"], steps[1], [*steps[2][:3], "not", "found"], steps[3]
+    ]  # fmt: skip
+
+
+def test_asking_for_a_run_makes_no_store(tmp_path, monkeypatch, capsys):
+    from flows.cli import cli
+    from stages.quiet import guarded
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert guarded(lambda: cli.main(["lineage", "nosuchrun"], standalone_mode=False)) == 2
+    assert "'nosuchrun' is no folder, and there are no runs" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,8 @@
 """A stage that trains a toy model in the processes that `execution` asks for; run, it makes one."""
 
+import atexit
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -50,6 +53,8 @@ def body(params: Knobs, inputs: Inputs, run: Run) -> Report:
     return Report(loss=outcome.last["loss"], processes=run.world.size)
 
 
+if "RANK" in os.environ:  # the agent's signal may come when a process is already leaving
+    atexit.register(os.kill, os.getpid(), signal.SIGTERM)
 stage = Stage("stage", Knobs, Inputs, body, "model", together=True)
 
 
@@ -57,7 +62,8 @@ if __name__ == "__main__":
     from stages.quiet import guarded
     from tests import together_stage
 
-    source, out, nproc, pause = sys.argv[1:]
+    source, out, nproc, pause, nnodes = sys.argv[1:]
+    machines = {"nnodes": int(nnodes), "address": "127.0.0.1"}
     prepare_process()
     sys.exit(
         guarded(
@@ -65,7 +71,7 @@ if __name__ == "__main__":
                 Knobs(pause=float(pause)),
                 Inputs(source=Path(source)),
                 Path(out),
-                execution=Execution(nproc=int(nproc), tracking=False, threads=1),
+                execution=Execution(nproc=int(nproc), tracking=False, threads=1, **machines),
             )
         )
     )

@@ -1,10 +1,10 @@
 """Reproduction cards: what a paper claims, what was run here, what came out.
 
-    python benchmarks/cards.py          writes docs/cards/ anew
+    python benchmarks/cards.py          writes docs/cards/ and results/bench/*.md, *.svg anew
     python benchmarks/cards.py --check  says which of them are not as they would be written
 
-Reads `cards.yaml` and the records that `drawplate bench` left in `results/bench/`. A verdict is
-computed: the mean difference over seeds against the half width of its 95 % interval.
+Reads `cards.yaml` and the records that `drawplate bench` left in `results/bench/`. The verdict on a
+comparison is computed: the mean difference over seeds against the half width of its 95 % interval.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from drawplate.settings import read
+from flows.bench import plan, show
 from flows.bench.show import Figures, Mean, gain, mean
 
 HERE = Path(__file__).resolve().parent
-RECORDS = HERE / "results" / "bench"
+RESULTS = HERE / "results"
+RECORDS = RESULTS / "bench"
 CARDS = HERE.parent / "docs" / "cards"
+ALIKE = 0.02
+"""Part of the stored bytes by which two contenders may differ unmentioned."""
 
 
 def verdict(difference: Mean, way: str) -> str:
@@ -36,36 +41,60 @@ def verdict(difference: Mean, way: str) -> str:
 
 def card(number: str, said: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
     """One system's card, in Markdown."""
-    source = f" (arXiv:{said['paper']})" if "paper" in said else ""
     lines = [
         f"# {said['title']}",
         "",
-        f"System {number}{source}",
+        f"System {number} (arXiv:{said['paper']})",
         "",
         f"**Claim.** {said['claim']}",
+        "",
     ]
+    if "measured" in said:
+        return _page([*lines, *_measured(said["measured"])])
     test = said.get("test")
     if test is None:
-        return _page([*lines, "", f"**Verdict.** Not testable at this scale. {said['untestable']}"])
-    lines += ["", "**Run.**", "", f"    {command(test)}"]
+        return _page([*lines, f"**Verdict.** Not testable at this scale. {said['untestable']}"])
+    lines += ["**Run.**", "", f"    {command(test)}", ""]
     if record is None:
-        return _page([*lines, "", "**Verdict.** Not run yet."])
+        return _page([*lines, "**Verdict.** Not run yet."])
+    return _page([*lines, *_compared(test, record)])
+
+
+def _measured(said: Mapping[str, str]) -> list[str]:
+    """What a script of its own printed, and what that says."""
+    table = (RESULTS / said["table"]).read_text(encoding="utf-8").strip("\n")
+    shown = table.split("\n") if said["table"].endswith(".md") else ["```", table, "```"]
+    run = ["**Run.**", "", f"    {said['command']}", ""]
+    return [*run, "**Result.**", "", *shown, "", f"**Verdict.** {said['verdict']}"]
+
+
+def _compared(test: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Two contenders of a comparison, over seeds."""
     seeds: list[Mapping[str, Figures]] = list(record["runs"].values())
-    ours, against, figure = test["ours"], test["against"], test["figure"]
+    ours, against = test["ours"], test["against"]
     missing = [name for name in (ours, against) if name not in seeds[0]]
     if missing:
         why = "; ".join(record["refused"].get(name, f"{name} took no part") for name in missing)
-        return _page([*lines, "", f"**Verdict.** Not run: {why}"])
-    values = {name: [float(run[name][figure]) for run in seeds] for name in (ours, against)}
-    difference = gain(values[ours], values[against])
-    lines += ["", f"**Result.** `{figure}` over {len(seeds)} seeds, 95 % intervals:", ""]
-    lines += [f"| | {figure} | stored bytes |", "|---|---|---|"]
-    for name in (against, ours):
-        stored = mean([float(run[name]["stored_bytes"]) for run in seeds])
-        lines.append(f"| {name} | {mean(values[name])} | {stored} |")
-    lines += [f"| difference | {difference} | |", ""]
-    lines.append(f"**Verdict.** {verdict(difference, test['way']).capitalize()}.")
-    return _page(lines)
+        return [f"**Verdict.** Not run: {why}"]
+    figures = dict.fromkeys([test["figure"], *test.get("beside", []), "stored_bytes"])
+    values = {
+        name: {figure: [float(run[name][figure]) for run in seeds] for figure in figures}
+        for name in (against, ours)
+    }
+    differences = {
+        figure: gain(values[ours][figure], values[against][figure]) for figure in figures
+    }
+    head = " | ".join(figure.replace("_", " ") for figure in figures)
+    lines = [f"**Result.** Over {len(seeds)} seeds, with 95 % intervals:", ""]
+    lines += [f"| | {head} |", "|---" * (len(figures) + 1) + "|"]
+    for name, own in values.items():
+        lines.append(f"| {name} | {' | '.join(str(mean(own[figure])) for figure in figures)} |")
+    lines += [f"| difference | {' | '.join(map(str, differences.values()))} |", ""]
+    more = differences["stored_bytes"].mean / mean(values[against]["stored_bytes"]).mean
+    said = [verdict(differences[test["figure"]], test["way"]).capitalize()]
+    if abs(more) > ALIKE:
+        said.append(f"It stores {abs(100 * more):.0f} % {'more' if more > 0 else 'fewer'} bytes")
+    return [*lines, f"**Verdict.** {'. '.join([*said, *test.get('note', [])])}."]
 
 
 def command(test: Mapping[str, Any]) -> str:
@@ -76,7 +105,7 @@ def command(test: Mapping[str, Any]) -> str:
 
 def record_of(test: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """What the comparison left, where it was run."""
-    file = RECORDS / f"{test['bench']}.json" if test else None
+    file = RECORDS / f"{test.get('record', test['bench'])}.json" if test else None
     if file is None or not file.exists():
         return None
     found: dict[str, Any] = json.loads(file.read_bytes())
@@ -89,37 +118,58 @@ def cards() -> dict[str, str]:
     pages = {f"{n}.md": card(n, said, record_of(said.get("test"))) for n, said in specs.items()}
     rows = []
     for number, said in specs.items():
-        told = pages[f"{number}.md"].partition("**Verdict.** ")[2].split(".")[0]
-        rows.append(f"| [{number}]({number}.md) | {said['title']} | {told.strip()} |")
+        told = pages[f"{number}.md"].partition("**Verdict.** ")[2].strip()
+        first = told.split(". ")[0].rstrip(".")
+        rows.append(f"| [{number}]({number}.md) | {said['title']} | {first} |")
     head = ["# Reproduction cards", "", "Made by `python benchmarks/cards.py`.", ""]
     pages["README.md"] = _page([*head, "| system | | verdict |", "|---|---|---|", *rows])
     return pages
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    """The table and the frontier of every record, by the names of their files."""
+    found: dict[str, bytes] = {}
+    for file in sorted(RECORDS.glob("*.json")):
+        record = json.loads(file.read_bytes())
+        request, refused = record["request"], record["refused"]
+        key = plan.key_of(request["what"])
+        names = list(request["contenders"])
+        seeds = {int(seed): figures for seed, figures in record["runs"].items()}
+        found[f"{file.stem}.md"] = (show.table(key, names, seeds, refused) + "\n").encode()
+        drawing = folder / f"{file.stem}.svg"
+        show.plot(key, [name for name in names if name not in refused], seeds, drawing)
+        found[drawing.name] = drawing.read_bytes()
+    return found
 
 
 def _page(lines: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _differs(file: Path, data: bytes) -> bool:
+    """Pictures are let be: processors draw their last digits otherwise."""
+    return file.suffix != ".svg" and file.read_bytes() != data
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
-    pages = cards()
-    stale = [
-        name
-        for name, text in pages.items()
-        if not (CARDS / name).exists() or (CARDS / name).read_text(encoding="utf-8") != text
-    ]
-    stale += [file.name for file in CARDS.glob("*.md") if file.name not in pages]
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = {RECORDS / name: data for name, data in tables(Path(folder)).items()}
+    wanted = drawn | {CARDS / name: text.encode() for name, text in cards().items()}
+    stale = [f for f, data in wanted.items() if not f.exists() or _differs(f, data)]
+    old = [*CARDS.glob("*.md"), *RECORDS.glob("*.md"), *RECORDS.glob("*.svg")]
+    left = [file for file in old if file not in wanted]
     if given.check:
-        print("\n".join(stale) or "all cards are as they would be written")
-        return bool(stale)
+        names = [file.relative_to(HERE.parent).as_posix() for file in (*stale, *left)]
+        print("\n".join(names) or "all cards and tables are as they would be written")
+        return bool(names)
     CARDS.mkdir(parents=True, exist_ok=True)
-    for name in stale:
-        if name in pages:
-            (CARDS / name).write_text(pages[name], encoding="utf-8")
-        else:
-            (CARDS / name).unlink()
+    for file in stale:
+        file.write_bytes(wanted[file])
+    for file in left:
+        file.unlink()
     return 0
 
 

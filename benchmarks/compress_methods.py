@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from default_run import ROOT, machine
+from default_run import ROOT
 from torch import Tensor, nn
 
 from drawplate.compress.driver import Compress, compress
@@ -24,6 +24,7 @@ from drawplate.core import hf
 from drawplate.core.calibration import Calibration
 from drawplate.core.corpus import Corpus
 from drawplate.core.errors import UserError
+from flows.bench.machine import machine
 
 LENGTH = 128
 METHODS: dict[str, dict[str, Any]] = {

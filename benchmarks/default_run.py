@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from flows.bench.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
@@ -167,24 +167,6 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     given.out.with_suffix(".md").write_text(shown)
-
-
-def machine() -> dict[str, dict[str, object]]:
-    """What figures were measured on."""
-    names = ("torch", "transformers", "dvc", "mlflow", "drawplate")
-    versions: dict[str, object] = {name: version(name) for name in names}
-    return {
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
-        "versions": versions | {"python": platform.python_version()},
-    }
-
-
-def processor() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

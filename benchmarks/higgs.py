@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from default_run import ROOT, machine
+from default_run import ROOT
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,6 +33,7 @@ from drawplate.core.corpus import Corpus
 from drawplate.quantize.driver import Quantize, profile, quantize
 from drawplate.quantize.sensitivity import perplexity
 from drawplate.settings import preset, validate
+from flows.bench.machine import machine
 
 MODEL = [
     "prepare.sources=[{name: docstrings, packages: [numpy, scipy]}]",

@@ -30,7 +30,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from default_run import ROOT, machine
+from default_run import ROOT
+
+from flows.bench.machine import machine
 
 sys.path.insert(0, str(ROOT / "tests"))
 

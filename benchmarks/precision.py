@@ -29,13 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from default_run import ROOT, machine
+from default_run import ROOT
 
 from drawplate.core.corpus import Corpus
 from drawplate.core.errors import NotFinite
 from drawplate.pretrain import Pretrain
 from drawplate.pretrain.driver import pretrain
 from drawplate.train.series import read
+from flows.bench.machine import machine
 
 FORMATS: dict[str, dict[str, Any] | None] = {
     "float32": None,

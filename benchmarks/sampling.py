@@ -6,22 +6,27 @@ Every prompt is continued by exactly `--new` tokens, sampled at temperature 1 wi
 both sides do the same work. The contenders take turns within each round, hence share whatever else
 the machine does; a ratio is the median over rounds of the ratio within a round. Processor seconds
 are summed over threads. "bf16" is a model cast to bfloat16 on their side, `precision` on ours.
+Writes `benchmarks/results/sampling.json` and, beside it, the tables that it prints.
 """
 
 import argparse
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import transformers
 
 from drawplate.model import ModelConfig, build
 from drawplate.model.sample import sample
+from flows.bench.machine import machine
 
 VOCABULARY = 2048
+OUT = Path(__file__).resolve().parent / "results" / "sampling.json"
 
 
 def main() -> None:
@@ -45,12 +50,14 @@ def main() -> None:
     model = build(config, VOCABULARY, 0).eval()
     half = build(config, VOCABULARY, 0).eval().to(torch.bfloat16)
     weights = sum(weight.numel() for weight in model.parameters())
-    print(
+    text = (
         f"{weights / 1e6:.2f} M parameters, {given.heads}/{given.kv_heads} heads, "
         f"{given.prompt} + {given.new} tokens, {given.answers} row(s) a prompt, "
         f"{given.threads} thread(s), torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {torch.backends.cpu.get_cpu_capability()}"
     )
+    print(text)
+    record = machine() | {"settings": vars(given), "seconds": {}}
     for batch in given.batches:
         stream = torch.Generator().manual_seed(batch)
         shape = batch // given.answers, given.prompt
@@ -64,7 +71,13 @@ def main() -> None:
             "drawplate fp32": partial(our, None),
             "drawplate bf16": partial(our, torch.bfloat16),
         }
-        table(batch, given.rounds, contenders)
+        seconds = measured(contenders, given.rounds)
+        record["seconds"] |= {batch: seconds}
+        lines = table(batch, seconds)
+        print(lines)
+        text += f"\n{lines}"
+    OUT.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    OUT.with_suffix(".txt").write_text(f"{text}\n")
 
 
 def theirs(model: transformers.PreTrainedModel, prompts: torch.Tensor, new: int) -> None:
@@ -91,8 +104,8 @@ def ours(
     assert [len(answer) for answer in drawn.tokens] == [new] * len(prompts)
 
 
-def table(batch: int, rounds: int, contenders: dict[str, Callable[[], None]]) -> None:
-    """Run the contenders in turn, `rounds` times after a warm-up, and print their ratios."""
+def measured(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Processor seconds of the contenders, run in turn, `rounds` times after a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
@@ -101,15 +114,21 @@ def table(batch: int, rounds: int, contenders: dict[str, Callable[[], None]]) ->
             run()
             if turn:
                 seconds[name].append(time.process_time() - before)
-    baselines = [name for name in contenders if name.startswith("generate")]
+    return seconds
+
+
+def table(batch: int, seconds: dict[str, list[float]]) -> str:
+    """Medians, and how many times ours theirs are."""
+    baselines = [name for name in seconds if name.startswith("generate")]
     head = "".join(f"{'x ' + base:>18s}" for base in baselines)
-    print(f"\n{f'batch {batch}':16s}{'CPU s':>8s}{head}")
+    lines = [f"\n{f'batch {batch}':16s}{'CPU s':>8s}{head}"]
     for name, own in seconds.items():
         ratios = "".join(
             f"{statistics.median(a / b for a, b in zip(seconds[base], own, strict=True)):18.2f}"
             for base in baselines
         )
-        print(f"{name:16s}{statistics.median(own):8.2f}{ratios}")
+        lines.append(f"{name:16s}{statistics.median(own):8.2f}{ratios}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

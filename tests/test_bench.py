@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import re
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +15,9 @@ from scipy import stats
 
 from drawplate.core.errors import UserError
 from drawplate.core.method import leaves
+from drawplate.model import build
 from drawplate.quantize.grid import Grid
-from drawplate.settings import override, presets, validate
+from drawplate.settings import override, presets, read, validate
 from flows.bench import plan, run, show
 from tests.test_chain import corpus as corpus
 from tests.test_chain import foreign
@@ -100,6 +105,52 @@ def test_every_preset_of_a_stage_gets_the_same_budget():
     assert set(rollouts) == {7}
 
 
+def test_a_key_may_begin_with_the_usual_name_of_its_stage():
+    made = plan.plan("rl.surrogate", (), {}, False)
+    assert (made.key, made.stage) == ("finetune.surrogate", "finetune")
+    assert {"cispo", "dispo"} <= set(made.contenders)
+
+
+def test_a_key_of_another_method_is_told_how_to_reach_it():
+    with pytest.raises(UserError, match=r"compress\.method\.grouping") as error:
+        plan.plan("compress.grouping", (), {}, False)
+    (change,) = re.findall("-S '(.*?)'", str(error.value))
+    assert plan.plan("compress.method.grouping", (), {}, False, [change]).contenders
+
+
+def test_the_last_word_is_the_users():
+    for changes in ([], ["evaluate.problems=4"]):
+        made = plan.plan("quantize.grid", (), {}, True, changes)
+        found = {tree["evaluate"]["problems"] for tree in made.contenders.values()}
+        assert found == {4 if changes else 40}
+
+
+ALONE = {"dot": "at least 11 samples"}
+"""Presets that the usual settings have no place for, and why."""
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("stage", plan.SEEDS)
+def test_presets_can_take_part_in_the_default_settings(stage, quick):
+    tree = read(Path(__file__).parents[1] / "params.yaml")
+    for name, contender in plan.plan(stage, (), tree, quick).contenders.items():
+        refused = pytest.raises(UserError, match=ALONE[name]) if name in ALONE else nullcontext()
+        with refused:
+            plan.seeded(stage, contender, 1)
+
+
+def test_a_preset_with_a_budget_gets_the_operations_of_the_others():
+    tree = read(Path(__file__).parents[1] / "params.yaml")
+    made = plan.plan("pretrain", (), tree, False)
+    usual = validate(plan.params_of("pretrain"), made.contenders["usual"]["pretrain"], "pretrain")
+    planned = made.contenders["one_epoch"]["pretrain"]
+    model = build(usual.model, tree["prepare"]["vocabulary"], 0)
+    weights = sum(weight.numel() for weight in model.parameters())
+    tokens = usual.training.steps * usual.batch * usual.length
+    assert planned["training"]["steps"] is None
+    assert planned["budget"]["flops"] == pytest.approx(6 * weights * tokens)
+
+
 def test_seeds_reach_every_section_that_is_there():
     tree = plan.seeded("compress", {"compress": {"recover": None}}, 5)
     assert tree["compress"]["calibration"]["seed"] == 5
@@ -108,9 +159,10 @@ def test_seeds_reach_every_section_that_is_there():
     assert tree["compress"]["recover"]["seed"] == 5
 
 
-@pytest.mark.parametrize("stage", plan.SEEDS)
-def test_quick_settings_are_settings_of_the_stage(stage):
-    tree = override({}, [f"{stage}.{each}" for each in plan.QUICK[stage]])
+@pytest.mark.parametrize("key", plan.QUICK)
+def test_quick_settings_are_settings_of_the_stage(key):
+    stage = key.partition(".")[0]
+    tree = override({}, [f"{stage}.{each}" for each in plan.QUICK[key]])
     small = validate(plan.params_of(stage), tree[stage], stage)
     assert small != plan.params_of(stage)()
 
@@ -151,7 +203,7 @@ def bench(project, corpus, *only, changes=SMALL, **options):
 
 def test_a_comparison_from_end_to_end(project, corpus, monkeypatch):
     text = bench(project, corpus, "integer", "nf4")
-    out = project / "reports" / "bench" / "quantize.grid"
+    out = project / "bench" / "quantize.grid"
     record = json.loads((out / "bench.json").read_text())
     assert set(record["runs"]) == {"0", "1"}
     for figures in record["runs"].values():
@@ -160,6 +212,12 @@ def test_a_comparison_from_end_to_end(project, corpus, monkeypatch):
     difference = np.mean([r["nf4"]["bits_per_byte"] - r["integer"]["bits_per_byte"] for r in runs])
     (row,) = (line for line in text.splitlines() if "| nf4 |" in line)
     assert f"{difference:.4g} ±" in row
+    (row,) = (line for line in text.splitlines() if "| parent |" in line)
+    before = np.mean([r["parent"]["bits_per_byte"] - r["integer"]["bits_per_byte"] for r in runs])
+    assert f"{before:.4g} ±" in row
+    report = {figures["nf4"]["quantize.bytes_after"] for figures in runs}
+    assert report < {figures["nf4"]["quantize.bytes_before"] for figures in runs} | report
+    assert record["machine"]["cores"] == os.cpu_count()
     assert (out / "frontier.svg").read_text().count("<svg") == 1
     assert not (out / "work").exists()
     monkeypatch.setattr(run, "_one", None)  # nothing is left to compute
@@ -197,6 +255,15 @@ def test_who_cannot_take_part_is_named_with_the_reason(project, corpus):
     assert "pairs have 2, 3 or 4 bits" in row
 
 
+def test_a_runtime_that_does_not_fit_takes_no_part(project, corpus):
+    small = [SMALL[0], SMALL[1], SMALL[-1].replace("probe: null", "probe: {repeats: 1, new: 4}")]
+    with pytest.raises(UserError, match=r"nothing to compare; .*(ReLU|relu).*"):
+        run.bench(
+            project, "evaluate.runtime", ("plain", "powerinfer2"), changes=small, seeds=1,
+            model=project / "model", corpus=corpus,
+        )  # fmt: skip
+
+
 def test_another_comparison_is_not_overwritten(project, corpus):
     bench(project, corpus, "integer", "nf4", seeds=1)
     with pytest.raises(UserError, match="another folder"):
@@ -207,7 +274,17 @@ def test_another_comparison_is_not_overwritten(project, corpus):
         bench(project, corpus, "integer", "nf4", out=project / "other")
 
 
+def test_results_do_not_lie_in_what_a_stage_replaces(project, corpus):
+    stages = read(Path(__file__).parents[1] / "dvc.yaml")["stages"].values()
+    made = {Path(out).parts[0] for stage in stages for out in stage["outs"]}
+    before = set(project.iterdir())
+    bench(project, corpus, "integer", "nf4", seeds=1)
+    new = {path.name for path in set(project.iterdir()) - before}
+    assert new
+    assert not new & made
+
+
 def test_a_missing_model_is_said_before_any_work(project, corpus):
     with pytest.raises(UserError, match="--model"):
         bench(project, corpus, model=project / "nowhere")
-    assert not (project / "reports").exists()
+    assert not (project / "bench").exists()

@@ -15,7 +15,13 @@ from drawplate.quantize.driver import Quantize, quantize
 
 METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"prune": {"name": "wanda"}, "update": {"name": "unchanged"}, "rounds": 1},
-    "sparsegpt": {"prune": {"name": "obs"}, "update": {"name": "obs"}, "rounds": 1},
+    "sparsegpt": {
+        "prune": {"name": "obs"},
+        "pattern": {"name": "unstructured", "within": "layer"},
+        "update": {"name": "obs"},
+        "rounds": 1,
+        "block": 128,
+    },
     "refit": {"prune": {"name": "wanda"}, "update": {"name": "refit"}, "rounds": 4},
 }
 

@@ -30,9 +30,10 @@ BUDGET = {
     "evaluate": ("documents", "problems", "samples"),
 }
 """Stage -> what every contender gets alike, whatever its preset asks for. Steps of finetune count
-for as many as a batch of rollouts serves: sampling is what costs."""
+for as many as a batch of rollouts serves: sampling is what costs. A preset that plans its own steps
+from a budget gets the operations of the others."""
 QUICK = {
-    "pretrain": ("training.steps=60", "training.save_every=60"),
+    "pretrain": ("training.steps=40", "training.save_every=40"),
     "compress": ("calibration.rows=16", "recover=null"),
     "quantize": ("calibration.rows=16",),
     "finetune": ("steps=3", "prompts=8", "samples=4"),
@@ -40,31 +41,42 @@ QUICK = {
         *("documents=20", "problems=40", "samples=1", "passes=[1]"),
         *("max_new=64", "probe=null"),
     ),
+    "evaluate.runtime": ("probe={repeats: 1}",),
 }
-"""Stage -> smaller settings for a first look."""
+"""Stage or key -> smaller settings for a first look."""
 
 
 class Plan(NamedTuple):
     """What is compared."""
 
+    key: str
+    """The stage, or the dotted key whose methods are compared."""
     stage: str
     contenders: dict[str, Tree]
     """Name -> parameter tree; the first is what the others are compared with."""
 
 
-def plan(what: str, only: Sequence[str], tree: Mapping[str, Any], quick: bool) -> Plan:
+def plan(
+    what: str,
+    only: Sequence[str],
+    tree: Mapping[str, Any],
+    quick: bool,
+    changes: Sequence[str] = (),
+) -> Plan:
     """The contenders of `what`: a stage's presets, or the methods that a dotted key can choose.
 
     Args:
         what: `quantize` (its presets and the settings as they are) or `quantize.grid`.
         only: Names of the contenders to take; all where it is empty.
-        tree: Parameters as params.yaml and `-S` give them.
+        tree: Parameters as params.yaml gives them.
         quick: Whether `QUICK` is laid over them.
+        changes: `KEY=VALUE` as `-S` gives them, the last word.
 
     Raises:
         UserError: no such stage, key or contender, or nothing to compare.
     """
-    stage, _, rest = ALIASES.get(what, what).partition(".")
+    key = key_of(what)
+    stage, _, rest = key.partition(".")
     if stage not in SEEDS:
         known = (*SEEDS, *ALIASES)
         raise UserError(
@@ -72,8 +84,10 @@ def plan(what: str, only: Sequence[str], tree: Mapping[str, Any], quick: bool) -
             f"{', '.join(known)}, or a key such as quantize.grid"
         )
     if quick:
-        small = [f"{name}.{each}" for name in {stage, "evaluate"} for each in QUICK[name]]
-        tree = override(tree, small)
+        for name in dict.fromkeys((stage, "evaluate", key)):
+            owner = name.partition(".")[0]
+            tree = override(tree, [f"{owner}.{each}" for each in QUICK.get(name, ())])
+    tree = override(tree, changes)
     found = _methods(stage, rest, tree) if rest else _presets(stage, tree)
     for name in only:
         if name not in found:
@@ -84,7 +98,13 @@ def plan(what: str, only: Sequence[str], tree: Mapping[str, Any], quick: bool) -
     chosen = {name: tree for name, tree in found.items() if not only or name in only}
     if len(chosen) < 2:
         raise UserError(f"bench {what}: nothing to compare {', '.join(chosen)} with")
-    return Plan(stage, chosen)
+    return Plan(key, stage, chosen)
+
+
+def key_of(what: str) -> str:
+    """The stage or dotted key that a user's words name."""
+    first, dot, after = what.partition(".")
+    return ALIASES.get(what, f"{ALIASES.get(first, first)}{dot}{after}")
 
 
 def seeded(stage: str, tree: Mapping[str, Any], seed: int) -> Tree:
@@ -111,8 +131,20 @@ def _presets(stage: str, tree: Mapping[str, Any]) -> dict[str, Tree]:
                 now = _at(made, ["updates"])
                 steps = _at(made, ["steps"]) * theirs[stage].get("updates", now) // now
                 theirs = override(theirs, [f"finetune.steps={steps}"])
+            if theirs[stage].get("budget"):
+                flops = f"pretrain.budget.flops={_operations(made, tree)}"
+                theirs = override(theirs, ["pretrain.training.steps=null", flops])
             found[name.partition("/")[2]] = theirs
     return found
+
+
+def _operations(pretrain: Any, tree: Mapping[str, Any]) -> float:
+    """What a pretraining spends, as budgets count it: 6 for each weight and token."""
+    from drawplate.pretrain.budget import parameters
+
+    prepare = validate(params_of("prepare"), tree.get("prepare"), "prepare")
+    tokens: int = pretrain.training.steps * pretrain.batch * pretrain.length
+    return 6.0 * parameters(pretrain.model, _at(prepare, ["vocabulary"])) * tokens
 
 
 def _methods(stage: str, rest: str, tree: Mapping[str, Any]) -> dict[str, Tree]:
@@ -123,8 +155,8 @@ def _methods(stage: str, rest: str, tree: Mapping[str, Any]) -> dict[str, Tree]:
     axis = _axis(field.annotation) if field else None
     if axis is None:
         raise UserError(
-            f"bench {key}: this key chooses no method in the settings as they are; `drawplate "
-            "methods` lists the axes"
+            f"bench {key}: this key chooses no method in the settings as they are; "
+            f"{_elsewhere(stage, last) or '`drawplate methods` lists the axes'}"
         )
     now = getattr(owner, last)
     if isinstance(now, tuple):
@@ -134,6 +166,17 @@ def _methods(stage: str, rest: str, tree: Mapping[str, Any]) -> dict[str, Tree]:
     if now is None:
         return {NONE: dict(tree), **choices}
     return {now.name: choices[now.name], **choices}
+
+
+def _elsewhere(stage: str, name: str) -> str:
+    """Where a key `name` chooses a method once another method is chosen around it."""
+    return ", or ".join(
+        f"with -S '{stage}.{key}={{name: {around}}}' {stage}.{key}.{name} does"
+        for key, field in params_of(stage).model_fields.items()
+        if (axis := _axis(field.annotation))
+        for around, leaf in leaves(axis).items()
+        if name in leaf.model_fields and _axis(leaf.model_fields[name].annotation)
+    )
 
 
 def _at(value: Any, path: Sequence[str]) -> Any:

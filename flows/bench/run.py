@@ -20,10 +20,13 @@ from drawplate.core.errors import UserError
 from drawplate.lineage import content_hash, environment
 from drawplate.settings import Tree, override, read, validate
 from flows.bench import show
+from flows.bench.machine import machine
 from flows.bench.plan import Plan, plan, seeded
 from stages.run import Execution, prepare_process
 
 PARENTS = {"compress": "base", "quantize": "compressed", "finetune": "quantized"}
+PARENT = "parent"
+"""Row of the model that all contenders start from."""
 FILES = ("bench.json", "table.md", "frontier.svg")
 
 
@@ -59,9 +62,9 @@ def bench(
     Raises:
         UserError: nothing to compare, or a folder that is missing, or `out` holds something else.
     """
-    tree = override(read(file or root / "params.yaml"), changes)
-    made = plan(what, only, tree, quick)
-    execution = validate(Execution, tree.get("execution"), "execution")
+    tree = read(file or root / "params.yaml")
+    made = plan(what, only, tree, quick, changes)
+    execution = validate(Execution, override(tree, changes).get("execution"), "execution")
     model = None if made.stage == "pretrain" else model or root / "models" / _parent(made.stage)
     corpus = corpus or root / "data" / "corpus"
     for role, folder in (("model", model), ("corpus", corpus)):
@@ -69,7 +72,7 @@ def bench(
             raise UserError(
                 f"bench {what}: {folder} does not exist; run the pipeline first, or give --{role}"
             )
-    out = out or root / "reports" / "bench" / what
+    out = out or root / "bench" / what
     request: Tree = {
         "what": what,
         "seeds": 1 if quick else seeds,
@@ -87,10 +90,11 @@ def bench(
                 record["runs"][str(seed)] = figures
                 record["refused"] |= refused
                 record["environment"] = environment(torch.get_num_threads())
+                record["machine"] = machine()["machine"]
                 _write(out / "bench.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
         text = _told(out, made, record)
         shutil.rmtree(ground.home, ignore_errors=True)
-        log(out, record)
+        log(out, made, record)
     return f"{text}\n{out}: {', '.join(FILES)}"
 
 
@@ -121,6 +125,10 @@ def _one_seed(
     """Figures of each contender, and why those that cannot take part are left out."""
     found: dict[str, dict[str, float]] = {}
     failed: dict[str, str] = {}
+    if ground.model is not None and ground.stage != "evaluate":
+        _say(f"seed {seed}: {PARENT}")
+        usual = next(iter(made.contenders.values()))
+        found[PARENT] = _scored(ground, PARENT, ground.model, usual, seed)
     for place, (name, tree) in enumerate(made.contenders.items(), 1):
         if name in refused:
             continue
@@ -132,31 +140,43 @@ def _one_seed(
                 raise
             failed[name] = str(error)
             _say(f"{name} cannot take part: {error}")
-    if len(found) < 2:
+    if len(found.keys() - {PARENT}) < 2:
         raise UserError(f"bench: nothing to compare; {'; '.join(failed.values())}")
     return found, failed
 
 
 def _one(ground: Ground, name: str, tree: Tree, seed: int) -> dict[str, float]:
-    """One contender: its stage, then the evaluation of what came out."""
-    folder = ground.model
+    """One contender: its stage, then the evaluation of what came out.
+
+    Figures of the stage's own report are called `stage.figure`.
+    """
+    if ground.stage == "evaluate":
+        assert ground.model is not None
+        return _scored(ground, name, ground.model, tree, seed)
+    folder = ground.home / f"seed-{seed}" / name
+    inputs: dict[str, Any] = {"corpus": ground.corpus}
+    if ground.model is not None:
+        inputs["model"] = ground.model
     started = time.monotonic()
-    if ground.stage != "evaluate":
-        folder = ground.home / f"seed-{seed}" / name
-        inputs: dict[str, Any] = {"corpus": ground.corpus}
-        if ground.model is not None:
-            inputs["model"] = ground.model
-        _stage(ground.stage, tree, inputs, folder, ground.execution)
-    seconds = time.monotonic() - started
-    assert folder is not None
-    scored = seeded("evaluate", tree, seed)
+    told = _stage(ground.stage, tree, inputs, folder, ground.execution)
+    figures = {f"{ground.stage}.{key}": value for key, value in told.items()}
+    figures["seconds"] = time.monotonic() - started
+    return figures | _scored(ground, name, folder, tree, seed)
+
+
+def _scored(ground: Ground, name: str, folder: Path, tree: Tree, seed: int) -> dict[str, float]:
+    """What the evaluation of the model in `folder` says of it.
+
+    Raises:
+        UserError: the runtime that is asked for does not fit the model, which ran plain.
+    """
     report = ground.home / f"seed-{seed}" / f"{name}.report"
     inputs = {"model": (folder,), "corpus": ground.corpus}
-    figures = _stage("evaluate", scored, inputs, report, ground.execution)
+    figures = _stage("evaluate", seeded("evaluate", tree, seed), inputs, report, ground.execution)
+    for reason in json.loads((report / "report.json").read_bytes()).get("unfit", {}).values():
+        raise UserError(reason)
     own = f"{folder.name}."
-    return {"seconds": seconds} | {
-        key.removeprefix(own): value for key, value in figures.items() if key.startswith(own)
-    }
+    return {key.removeprefix(own): v for key, v in figures.items() if key.startswith(own)}
 
 
 def _stage(
@@ -171,10 +191,10 @@ def _stage(
 
 def _told(out: Path, made: Plan, record: Tree) -> str:
     seeds = {int(seed): figures for seed, figures in record["runs"].items()}
-    text = show.table(made.stage, list(made.contenders), seeds, record["refused"])
+    text = show.table(made.key, list(made.contenders), seeds, record["refused"])
     _write(out / "table.md", text + "\n")
     alive = [name for name in made.contenders if name not in record["refused"]]
-    show.plot(made.stage, alive, seeds, out / "frontier.svg")
+    show.plot(made.key, alive, seeds, out / "frontier.svg")
     return text
 
 
@@ -182,7 +202,7 @@ def _told(out: Path, made: Plan, record: Tree) -> str:
 def _logged(what: str, execution: Execution) -> Iterator[Any]:
     """Stages log below one run, which gets what the comparison found."""
     if not execution.tracking:
-        yield lambda out, record: None
+        yield lambda out, made, record: None
         return
     from stages.tracking import client, execution_run, experiment
 
@@ -193,10 +213,10 @@ def _logged(what: str, execution: Execution) -> Iterator[Any]:
     run = execution_run(store, experiment(store), name)
     store.update_run(run, status="RUNNING", name=f"bench {what}")
 
-    def log(out: Path, record: Tree) -> None:
+    def log(out: Path, made: Plan, record: Tree) -> None:
         seeds = {int(seed): figures for seed, figures in record["runs"].items()}
         for contender, figures in show.means(list(seeds[0]), seeds).items():
-            for key in show.SHOWN:
+            for key in show.shown(made.key):
                 if key in figures:
                     store.log_metric(run, f"{contender}.{key}", figures[key])
         for file in FILES:

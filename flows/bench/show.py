@@ -15,14 +15,16 @@ from flows.sweep.plan import Outcome
 Figures = Mapping[str, float]
 CONFIDENCE = 0.95
 SHOWN = ("pass_at_1", "greedy", "bits_per_byte", "length", "stored_bytes", "macs", "seconds")
+"""Columns of a table, after what the comparison is about; those that not all have are left out."""
 GOALS = {
     "pretrain": ("bits_per_byte:min", "seconds:min"),
     "compress": ("bits_per_byte:min", "stored_bytes:min"),
     "quantize": ("bits_per_byte:min", "stored_bytes:min"),
     "finetune": ("pass_at_1:max", "length:min"),
     "evaluate": ("pass_at_1:max", "length:min"),
+    "evaluate.runtime": ("peak_bytes:min", "prefill_tokens_per_second:max"),
 }
-"""Stage -> what the frontier is drawn of; the first is what contenders are compared in."""
+"""Stage or key -> what the frontier is drawn of; the first is what contenders are compared in."""
 
 
 class Mean(NamedTuple):
@@ -53,34 +55,49 @@ def gain(values: Sequence[float], reference: Sequence[float]) -> Mean:
     return mean([a - b for a, b in zip(values, reference, strict=True)])
 
 
-def verdict(stage: str, difference: Mean) -> str:
+def goals(key: str) -> tuple[str, ...]:
+    """What the methods of a key are compared in; as a rule that is what their stage is for."""
+    return GOALS.get(key) or GOALS[key.partition(".")[0]]
+
+
+def shown(key: str) -> tuple[str, ...]:
+    """The columns of a table."""
+    return tuple(dict.fromkeys((*(goal(text).key for text in goals(key)), *SHOWN)))
+
+
+def verdict(key: str, difference: Mean) -> str:
     """`better`, `worse` or `within noise`; nothing where one seed says nothing."""
     if math.isnan(difference.half):
         return ""
     if abs(difference.mean) <= difference.half:
         return "within noise"
-    good = difference.mean > 0 if GOALS[stage][0].endswith(":max") else difference.mean < 0
+    good = difference.mean > 0 if goals(key)[0].endswith(":max") else difference.mean < 0
     return "better" if good else "worse"
 
 
 def table(
-    stage: str, names: Sequence[str], seeds: Mapping[int, Mapping[str, Figures]],
+    key: str, names: Sequence[str], seeds: Mapping[int, Mapping[str, Figures]],
     refused: Mapping[str, str],
 ) -> str:  # fmt: skip
-    """Markdown: a row a contender; `*` stands on the frontier."""
-    main = goal(GOALS[stage][0]).key
-    columns = [
-        key for key in SHOWN if all(key in f for run in seeds.values() for f in run.values())
-    ]
+    """Markdown: a row a contender, the model that they start from last; `*` is on the frontier."""
     alive = [name for name in names if name not in refused]
-    front = {v.row.name for v in show.judge(_rows(alive, seeds), _goals(stage), ()) if v.best}
+    runs = {name: [run[name] for run in seeds.values()] for name in seeds[0]}
+    main = goal(goals(key)[0]).key
+    columns = [
+        column
+        for column in shown(key)
+        if all(column in run for name in alive for run in runs[name])
+    ]
+    front = {v.row.name for v in show.judge(_rows(alive, seeds), _goals(key), ()) if v.best}
     title = ["", "contender", *columns, f"{main} against {alive[0]}", ""]
     lines = [title, ["---"] * len(title)]
-    for name in alive:
-        runs = [run[name] for run in seeds.values()]
-        figures = [str(mean([run[key] for run in runs])) for key in columns]
-        against = gain([run[main] for run in runs], [run[alive[0]][main] for run in seeds.values()])
-        last = ["", ""] if name == alive[0] else [str(against), verdict(stage, against)]
+    for name in [*alive, *runs.keys() - set(alive)]:
+        figures = [
+            str(mean([run[column] for run in runs[name]])) if column in runs[name][0] else ""
+            for column in columns
+        ]
+        against = gain([run[main] for run in runs[name]], [run[main] for run in runs[alive[0]]])
+        last = ["", ""] if name == alive[0] else [str(against), verdict(key, against)]
         lines.append(["*" if name in front else "", name, *figures, *last])
     for name, why in refused.items():
         lines.append(["!", name, why, *[""] * (len(title) - 3)])
@@ -88,10 +105,10 @@ def table(
 
 
 def plot(
-    stage: str, names: Sequence[str], seeds: Mapping[int, Mapping[str, Figures]], file: Path
+    key: str, names: Sequence[str], seeds: Mapping[int, Mapping[str, Figures]], file: Path
 ) -> None:
-    """The contenders' means in the plane of the stage's goals, as SVG."""
-    show.plot(_rows(names, seeds), _goals(stage), (), file)
+    """The contenders' means in the plane of the goals, as SVG."""
+    show.plot(_rows(names, seeds), _goals(key), (), file)
 
 
 def means(
@@ -111,8 +128,8 @@ def _shared(name: str, seeds: Mapping[int, Mapping[str, Figures]]) -> list[str]:
     return [key for key in first if all(key in other for other in rest)]
 
 
-def _goals(stage: str) -> list[Any]:
-    return [goal(text) for text in GOALS[stage]]
+def _goals(key: str) -> list[Any]:
+    return [goal(text) for text in goals(key)]
 
 
 def _rows(names: Sequence[str], seeds: Mapping[int, Mapping[str, Figures]]) -> list[show.Row]:

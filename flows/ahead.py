@@ -24,8 +24,9 @@ from prefect.states import Completed  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 
 from flows.graph import Node, follow, outdated  # noqa: E402
+from flows.handover import REF  # noqa: E402
 from flows.preflight import FORECAST  # noqa: E402
-from flows.stage import REF, StageFailed, on_device, with_worker  # noqa: E402
+from flows.stage import StageFailed, on_device, with_worker  # noqa: E402
 from flows.workspace import source, workspace  # noqa: E402
 
 NAME = "preflight"

@@ -3,12 +3,13 @@
 The experiment is one git ref of the source repository, `refs/exps/<base>/<name>`: a commit on the
 revision that was asked for, with the changed params.yaml and, as stages finish, their entries of
 dvc.lock and their metrics. It is replaced atomically, so a run that is started again finds what is
-done, and `dvc exp show`, `dvc exp apply` and `dvc pull` give a user everything.
+done, and `dvc exp show`, `dvc exp apply` and `dvc pull STAGES` give a user everything.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -18,11 +19,15 @@ from typing import Any
 
 from flows.workspace import Workspace, git
 
-_AUTHOR = {
+AUTHOR = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
     for what, value in (("NAME", "drawplate"), ("EMAIL", "drawplate@localhost"))
 }
+"""Whose commits those of a workspace are: a clone does not know the user of its source."""
+
+REF = r"^refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/[^/]+$"
+"""How the full name of an experiment's ref looks."""
 
 
 def ref_of(base: str, name: str) -> str:
@@ -55,6 +60,14 @@ def tip(place: Workspace, ref: str) -> str | None:
     return found.split()[0]
 
 
+def experiments(place: Workspace) -> list[str]:
+    """Commits of all experiments of the source now, fetched."""
+    place.git("fetch", "--quiet", "--no-tags", "origin", "+refs/exps/*:refs/exps/*")
+    found = place.git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps")
+    rows = [row.split(" ", 1) for row in found.splitlines()]
+    return [commit for commit, ref in rows if re.match(REF, ref)]
+
+
 def hand_on(place: Workspace, ref: str, stage: str, entry: Mapping[str, Any]) -> None:
     """Adds what `stage` made to the experiment: its entry of dvc.lock, and files git keeps.
 
@@ -85,7 +98,7 @@ def hand_on(place: Workspace, ref: str, stage: str, entry: Mapping[str, Any]) ->
 def retitle(root: Path, ref: str, title: str) -> None:
     """Gives the experiment's commit another message; what it holds stays."""
     known, base = git(root, "rev-parse", ref, f"{ref}^").split()
-    made = git(root, "commit-tree", f"{ref}^{{tree}}", "-p", base, "-m", title, environment=_AUTHOR)
+    made = git(root, "commit-tree", f"{ref}^{{tree}}", "-p", base, "-m", title, environment=AUTHOR)
     git(root, "update-ref", ref, made, known)
 
 
@@ -131,7 +144,7 @@ def _commit(place: Workspace, parent: str, tree: str, files: Mapping[str, bytes]
             place.git("update-index", "--add", "--cacheinfo", entry, environment=index)
         made = place.git("write-tree", environment=index)
     return place.git(
-        "commit-tree", made, "-p", parent, "-m", f"drawplate: {name}", environment=_AUTHOR
+        "commit-tree", made, "-p", parent, "-m", f"drawplate: {name}", environment=AUTHOR
     )
 
 

@@ -30,10 +30,12 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.orchestration import get_client  # noqa: E402
 from pydantic import BaseModel, ConfigDict  # noqa: E402
 
+from drawplate.core.errors import UserError  # noqa: E402
+from drawplate.settings import read  # noqa: E402
 from flows.ahead import NAME as PREFLIGHT  # noqa: E402
 from flows.ahead import first, forecast_of  # noqa: E402
 from flows.dispatch import STARTS, Dispatch  # noqa: E402
-from flows.graph import Node, Status, new_execution, nodes, repro  # noqa: E402
+from flows.graph import Node, Status, new_execution, nodes, refuse_unknown, repro  # noqa: E402
 from flows.handover import begin, entries, tip  # noqa: E402
 from flows.request import Request  # noqa: E402
 from flows.slots import forget  # noqa: E402
@@ -108,10 +110,15 @@ def in_place(root: Path | None = None, targets: list[str] | None = None) -> list
     Args:
         root: folder of dvc.yaml; the current one where it is null.
         targets: stages to stop at, with everything before them; all where it is null.
+
+    Raises:
+        UserError: something in params.yaml is wrong, of whatever stage; nothing has run then.
     """
     from flows.sync import sync
+    from stages.check import check
 
     root = (root or Path.cwd()).resolve()
+    check(read(root / "params.yaml"))
     order = wanted(nodes(root), targets)
     execution = new_execution()
     futures: dict[str, Any] = {}
@@ -130,7 +137,7 @@ def pipeline(request: Request = Request()) -> list[StageResult]:
     """Brings a revision up to date on the workers, as a DVC experiment of the source repository.
 
     Each stage is a flow run of its own in the pool that it needs. What was computed before, by
-    whomever, is not computed again. `dvc exp apply NAME` and `dvc pull` bring a user the results.
+    whomever, is not computed again. `dvc exp apply NAME` and `dvc pull STAGES` bring the results.
 
     Args:
         request: revision, targets, and changes of params.yaml.
@@ -175,7 +182,6 @@ def _compare(
     place: Workspace, needs: Mapping[str, Mapping[str, Any]], results: list[StageResult]
 ) -> None:
     """Shows the forecast beside what the stages that were computed took."""
-    from drawplate.settings import read
     from flows.preflight import compared, save
 
     save(place.root, read(place.root / "params.yaml"), needs)
@@ -203,7 +209,6 @@ def _change(place: Workspace, request: Request) -> None:
     )
     if done.returncode != 0:
         last = (done.stderr.strip() or "no output").splitlines()[-1]
-        from drawplate.core.errors import UserError
 
         raise UserError(last.removeprefix("drawplate: "))
 
@@ -224,6 +229,7 @@ def _show(
     statuses = {result.name: result.status for result in results}
     parent = sync(place.root, name, statuses)
     made = records(place.root)
+    fetch = f"`dvc exp apply {name}`, then `dvc pull {' '.join(statuses)}`"
     create_table_artifact(
         [
             {
@@ -236,7 +242,7 @@ def _show(
             for result in results
         ],
         key="stages",
-        description=f"DVC experiment `{name}`: `dvc exp apply {name}`, then `dvc pull`",
+        description=f"DVC experiment `{name}`: {fetch}",
     )
     figures = figures_text(place.root)
     if figures:
@@ -259,12 +265,10 @@ def wanted(order: list[Node], targets: list[str] | None) -> list[Node]:
     """The targets and all that they need, in order.
 
     Raises:
-        ValueError: a target is no stage.
+        UserError: a target is no stage.
     """
     by_name = {node.name: node for node in order}
-    unknown = sorted(set(targets or []) - set(by_name))
-    if unknown:
-        raise ValueError(f"no stage {unknown[0]!r}; there are: {', '.join(by_name)}")
+    refuse_unknown(targets or (), by_name)
     needed: set[str] = set()
     pending = list(targets or by_name)
     while pending:

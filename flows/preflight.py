@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from drawplate.core.errors import Exhausted, UserError
 from stages.quiet import quiet_environment
 
 FORECAST = Path(".drawplate") / "forecast.json"
@@ -188,7 +189,6 @@ class Rehearsal:
 
     def refuse_hopeless(self, free: int) -> None:
         """Refuses weights that do not fit before anything is rehearsed with them."""
-        from drawplate.core.errors import Exhausted
         from drawplate.forecast.shape import Shape
         from drawplate.forecast.stages import size
 
@@ -227,7 +227,6 @@ class Rehearsal:
 
     def of_prepare(self) -> Any:
         """Two small shares of the sources and problems: all costs grow with the share."""
-        from drawplate.core.errors import UserError
         from drawplate.forecast.lines import extrapolate
         from drawplate.forecast.stages import Need
 
@@ -476,15 +475,22 @@ class Rehearsal:
         return min(batch, params.problems), min(2 * batch, params.problems)
 
     def of_evaluate(self) -> Any:
-        """A model and its child on two shares of the questions, and the probe apart."""
+        """A dense model, its factors and these quantized, on two shares of the questions.
+
+        What finetuning makes takes as long as the model that it began with. The probe comes apart.
+        """
         from drawplate.forecast.lines import extrapolate
         from drawplate.forecast.stages import Need
 
         player, params = self.cast["evaluate"], self.evaluate
         documents = params.documents or round(self.documents)
-        usual = max(min(params.max_new, round(sum(self.answers) / len(self.answers))), 1)
+        lengths = [min(size, params.max_new) for size in self.answers]
+        mean = sum(lengths) / len(lengths)
+        batches = max(params.problems * (1 + params.samples) / params.batch_size, 2)
+        # Twice, greedy and drawn, places stay empty at the end until the longest answer is there.
+        usual = max(round(mean + 2 * (max(lengths) - mean) / batches), 1)
 
-        def ask(layers: int, problems: int, longest: int, models: int = 2) -> Figures:
+        def ask(layers: int, problems: int, longest: int, models: int = 3) -> Figures:
             wanted = max(round(problems / params.problems * documents), 1)
             section = _with(
                 self.tree.get("evaluate"),
@@ -493,7 +499,7 @@ class Rehearsal:
                 max_new=longest,
                 probe=None,
             )
-            folders = [self.models["pretrain", layers], self.models["compress", layers]][:models]
+            folders = [self.models[stage, layers] for stage in _MODELS[:models]]
             answer = player.ask(
                 "stage",
                 params=section,
@@ -506,11 +512,10 @@ class Rehearsal:
                 execution=self.execution,
             )
             kept = {k: answer[k] for k in ("memory", "disk", "device") if answer[k] is not None}
-            if models == 1:
+            if models < 3:
                 return kept
-            alone, both = answer["marks"]["evaluate"]
-            each = both - alone
-            return kept | {"once": answer["seconds"] - 2 * each, "each": each}
+            *_, factors, packed = answer["marks"]["evaluate"]
+            return kept | {"seconds": answer["seconds"] + packed - factors}
 
         asked = sorted({min(n, int(self.problems)) for n in self._asked()})
         shares = [n / params.problems for n in asked]
@@ -522,10 +527,10 @@ class Rehearsal:
             widest = ask(layers, asked[-1], params.max_new)
             found[layers] |= {k: v for k, v in widest.items() if k in ("memory", "device")}
         full = extrapolate(found, self.layers)
-        # The report has curves and answers of each model; two of them were in the rehearsals.
-        pair, one = (ask(self.sizes[0], asked[0], 1, models)["disk"] for models in (2, 1))
-        full["disk"] += (len(_MODELS) - 2) * (pair - one)
-        seconds = full["once"] + len(_MODELS) * full["each"]
+        # The report has curves and answers of each model; three of them were in the rehearsals.
+        three, two = (ask(self.sizes[0], asked[0], 1, models)["disk"] for models in (3, 2))
+        full["disk"] += three - two
+        seconds = full["seconds"]
         if params.probe is not None:
             seconds += self._probed()
         return Need(
@@ -565,14 +570,12 @@ def forecast(root: Path, tree: Tree, stages: Sequence[str] = (), limits: Any = N
         Exhausted: a stage does not fit; nothing is saved.
         UserError: the parameters are wrong.
     """
-    from drawplate.core.errors import UserError
     from drawplate.forecast import machine
     from drawplate.forecast.stages import refuse
+    from flows.graph import refuse_unknown
     from stages.run import names
 
-    for stage in stages:
-        if stage not in names():
-            raise UserError(f"no stage {stage!r}; there are: {', '.join(names())}")
+    refuse_unknown(stages, names())
     wanted = [name for name in names() if not stages or name in stages]
     state = root / FORECAST.parent
     state.mkdir(exist_ok=True)

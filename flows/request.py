@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
+from drawplate.core.errors import UserError
 from flows.cli import STAGES
 
 
@@ -43,43 +45,105 @@ _preset, _preset_schema = _one_of("preset", _presets())
 
 StageName = Annotated[str, AfterValidator(_stage), WithJsonSchema(_stage_schema)]
 PresetName = Annotated[str, AfterValidator(_preset), WithJsonSchema(_preset_schema)]
-Override = Annotated[
-    str, Field(pattern=rf"^({'|'.join((*STAGES, 'execution'))})(\.[A-Za-z0-9_]+)+=.*$")
-]
+KEYS: dict[str, list[str]] = json.loads((Path(__file__).parent / "keys.json").read_bytes())
+"""Every key of params.yaml, and the methods that it chooses from, none where it names none."""
+
+
+def known(key: str, values: Iterable[str]) -> None:
+    """Refuses a key that params.yaml cannot have, and a method that nobody has written.
+
+    Raises:
+        UserError: one line that names key, method and choices.
+    """
+    from drawplate import settings
+
+    form = re.sub(r"\.[0-9]+(?=\.|$)", ".#", key)
+    # Of a mapping with keys of anybody's choice, such as globs of layers.
+    free = next((name for name in KEYS if name.endswith(".*") and form.startswith(name[:-1])), form)
+    if form not in KEYS and free not in KEYS:
+        raise UserError(f"{key} is no key of params.yaml{settings.nearest(form, KEYS)}")
+    methods = KEYS.get(form)
+    if not methods:
+        return
+    for value in values:
+        chosen = settings.parse(value, key)
+        if chosen not in methods:
+            near = settings.nearest(str(chosen), methods)
+            raise UserError(f"{key}: no method {chosen!r}{near}; choose from: {', '.join(methods)}")
+
+
+def assignments(several: bool = False) -> dict[str, object]:
+    """The JSON schema of `key=value`, or of `key=value,value`: what `known` takes.
+
+    Of two forms, because Prefect's server quotes a form back at whoever misses the only one.
+    """
+
+    def any_of(keys: Iterable[str]) -> str:
+        texts = (key.replace(".", r"\.").replace("#", "[0-9]+") for key in keys)
+        return "|".join(text.replace("*", "[^=]+") for text in texts)
+
+    def a(form: str, title: str) -> dict[str, str]:
+        return {"title": title, "type": "string", "pattern": form}
+
+    by_methods: dict[str, list[str]] = {}
+    for key, methods in KEYS.items():
+        if methods:
+            by_methods.setdefault("|".join(methods), []).append(key)
+    named = []
+    for names, keys in by_methods.items():
+        one = f"\\s*[\"']?({names})[\"']?\\s*"
+        named.append(f"({any_of(keys)})={one}{f'(,{one})*' if several else ''}")
+    plain = any_of(key for key, methods in KEYS.items() if not methods)
+    both = [a(f"^({plain})=.*$", "a parameter"), a(f"^({'|'.join(named)})$", "a method")]
+    return {"type": "string", "anyOf": both}
+
+
+def choices() -> str:
+    """The methods of the keys that choose the most, for those who read a form."""
+    lines = [
+        f"{key}: {', '.join(methods)}"
+        for key, methods in KEYS.items()
+        if methods and "#" not in key and key.count(".") == 2
+    ]
+    return f"Methods: {'; '.join(lines)}. docs/methods.md has all of them with their parameters."
+
+
+def _assigns(value: str) -> str:
+    from drawplate import settings
+
+    key, equals, text = value.partition("=")
+    try:
+        if not equals:
+            raise UserError(f"{value!r} is no key=value, such as compress.ratio=0.3")
+        settings.parse(text, key)
+        known(key, [text])
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+Override = Annotated[str, AfterValidator(_assigns), WithJsonSchema(assignments())]
 
 
 class Request(BaseModel):
     """Which version of the project to bring up to date, how far, and with which changes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     revision: str = Field(default="HEAD", min_length=1)
     """Branch, tag or commit of the source repository."""
     targets: list[StageName] = []
     """Stages to stop at, with everything before them; all where it is empty."""
-    overrides: list[Override] = []
-    """Changes of params.yaml, such as `compress.ratio=0.3`."""
+    overrides: list[Override] = Field(
+        default=[],
+        description=f"Changes of params.yaml, such as `compress.ratio=0.3`. {choices()}",
+    )
     presets: list[PresetName] = []
     """Papers' settings, laid over params.yaml before the overrides."""
-    preflight: bool = False
-    """Whether to rehearse first what is not computed yet, and refuse what will not fit."""
+    preflight: bool = True
+    """Whether to rehearse first what is not computed yet, and refuse what will not fit; false goes
+    ahead without."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
     """Name of the DVC experiment that keeps the results; made from the run's id where null."""
-
-    @field_validator("overrides")
-    @classmethod
-    def _are_yaml(cls, values: list[str]) -> list[str]:
-        if not values:
-            return values
-        from drawplate import settings
-        from drawplate.core.errors import UserError
-
-        for value in values:
-            key, _, text = value.partition("=")
-            try:
-                settings.parse(text, key)
-            except UserError as error:
-                raise ValueError(str(error)) from None
-        return values
 
     @field_validator("revision")
     @classmethod

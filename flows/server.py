@@ -1,4 +1,4 @@
-"""Prefect's server on SQLite, with two changes without which a busy machine brings it to a halt.
+"""Prefect's server with a guard before it, and changed so that SQLite does not bring it to a halt.
 
 A transaction that writes takes SQLite's only write lock when it begins, and waits for it. Prefect
 lets most of them read first; if another one writes meanwhile, SQLite refuses theirs at once, and
@@ -16,6 +16,11 @@ import threading
 from contextlib import AbstractAsyncContextManager
 from itertools import count
 from typing import Any
+
+from flows.guard import Guard
+
+OPEN = ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+"""Pages that Prefect shows without a password."""
 
 
 def write_in_turn() -> None:
@@ -40,12 +45,27 @@ def collect(ended: threading.Event, pause: float = 1.0, full: int = 60) -> None:
         gc.collect(1 if turn % full else 2)
 
 
+def stand_guard() -> None:
+    """The server answers its own pages and clients only; its pages of documentation are gone."""
+    from prefect.server.api import server
+    from prefect.settings import PREFECT_SERVER_CORS_ALLOWED_ORIGINS
+
+    create = server.create_app
+
+    def guarded(*arguments: Any, **named: Any) -> Guard:
+        origins = PREFECT_SERVER_CORS_ALLOWED_ORIGINS.value()
+        return Guard(create(*arguments, **named), origins, OPEN)
+
+    server.create_app = guarded  # type: ignore[assignment]
+
+
 def main() -> None:
     """`prefect` with the arguments of this process."""
     gc.disable()
     never = threading.Event()
     threading.Thread(target=collect, args=(never,), daemon=True, name="garbage").start()
     write_in_turn()
+    stand_guard()
     from prefect.cli import app
 
     app()

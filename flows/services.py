@@ -3,6 +3,7 @@
 Both servers listen on 127.0.0.1 only and ask for a password, a random one in `.drawplate/secret`
 that only its owner can read. Workers and `deploy` on this machine find it there; elsewhere
 `PREFECT_API_URL`, `PREFECT_API_AUTH_STRING` and MLflow's own variables say where and as whom.
+What Prefect keeps lies in `.drawplate/prefect`, so that projects share no pool and no deployment.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from urllib.request import urlopen
 
 import click
 
-from stages.quiet import guarded, interruptible, quiet_environment
+from drawplate.core.errors import UserError
+from flows.guard import hosts, pages
+from stages.quiet import INTERRUPTED, guarded, interruptible, quiet_environment
 
 USER = "drawplate"
 HOST = "127.0.0.1"
@@ -41,6 +44,10 @@ SERVER = {
 """Settings of Prefect's server besides where it listens and whom it lets in."""
 SERVE = [sys.executable, "-m", "flows.server", "server", "start"]
 """Begins the command of Prefect's server."""
+CHECKOUT = "DRAWPLATE_CHECKOUT"
+"""Where prefect.yaml has a run look for the flows: a folder of each worker's own."""
+SERVE_MLFLOW = [sys.executable, "-m", "flows.mlflow_server", "server"]
+"""Begins the command of MLflow's."""
 LOST = 90
 """Seconds without a sign of life after which a flow run counts as lost."""
 
@@ -53,8 +60,6 @@ def secret(root: Path) -> str:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         if file.stat().st_mode & 0o077:
-            from drawplate.core.errors import UserError
-
             raise UserError(f"{file} can be read by others; chmod 600 it, or remove it") from None
         return file.read_text().strip()
     with os.fdopen(handle, "w") as out:
@@ -62,10 +67,15 @@ def secret(root: Path) -> str:
     return file.read_text().strip()
 
 
+def home(root: Path) -> str:
+    """Where Prefect keeps its database and leases; else a user's projects would share them."""
+    return os.environ.get("PREFECT_HOME") or str(root / ".drawplate" / "prefect")
+
+
 def environment(root: Path, port: int = 4200, mlflow_port: int = 5000) -> dict[str, str]:
     """For clients of the two servers; what is set already, stays."""
     quiet_environment()
-    found = dict(os.environ)
+    found = {**os.environ, "PREFECT_HOME": home(root)}
     if "PREFECT_API_URL" not in found:
         found["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
         found["PREFECT_API_AUTH_STRING"] = f"{USER}:{secret(root)}"
@@ -97,16 +107,23 @@ def servers(root: Path, port: int, mlflow_port: int) -> list[tuple[list[str], di
     )
     with os.fdopen(os.open(auth, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
         out.write(f"{text}\n")
-    bin_ = Path(sys.executable).parent
+    # Whoever puts a proxy before them sets these, and `PREFECT_UI_API_URL`, to its address.
+    given = {
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": pages(port),
+        "PREFECT_UI_API_URL": f"http://{HOST}:{port}/api",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": pages(mlflow_port),
+        **os.environ,
+    }
     prefect = {
         **SERVER,
+        "PREFECT_HOME": home(root),
         "PREFECT_SERVER_API_AUTH_STRING": f"{USER}:{password}",
         # The server's own services and its page call it as any client does.
         "PREFECT_API_AUTH_STRING": f"{USER}:{password}",
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
-        "PREFECT_UI_API_URL": f"http://{HOST}:{port}/api",
     }
     mlflow = {
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(hosts(given["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"])),
         "MLFLOW_AUTH_CONFIG_PATH": str(auth),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(24),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -115,15 +132,15 @@ def servers(root: Path, port: int, mlflow_port: int) -> list[tuple[list[str], di
     return [
         (
             [*SERVE, "--host", HOST, "--port", str(port)],
-            {**os.environ, **prefect},
+            {**given, **prefect},
         ),
         (
             [
-                *[str(bin_ / "mlflow"), "server", "--host", HOST, "--port", str(mlflow_port)],
+                *[*SERVE_MLFLOW, "--host", HOST, "--port", str(mlflow_port)],
                 *["--app-name", "basic-auth", "--workers", "1", "--backend-store-uri", store],
                 *["--artifacts-destination", str(root / "mlartifacts")],
             ],
-            {**os.environ, **mlflow},
+            {**given, **mlflow},
         ),
     ]
 
@@ -138,9 +155,9 @@ def run_together(commands: Sequence[tuple[list[str], Mapping[str, str]]]) -> int
     try:
         while all(process.poll() is None for process in running):
             time.sleep(0.5)
-        return max(process.poll() or 0 for process in running)
+        return max(abs(process.poll() or 0) for process in running)  # negative for a signal
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     finally:
         for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
             for process in running:
@@ -177,6 +194,7 @@ def server(port: int, mlflow_port: int) -> None:
 def worker(pool: str, index: int, name: str | None) -> None:
     """Take runs from a work pool until Ctrl-C; runs under way save and end."""
     given = environment(Path.cwd())
+    given[CHECKOUT] = str(Path(__file__).parents[1])
     host = socket.gethostname()
     if pool == "gpu":
         given["DRAWPLATE_GPU"] = f"gpu@{host}:{index}"
@@ -189,8 +207,8 @@ def worker(pool: str, index: int, name: str | None) -> None:
     prefect = str(Path(sys.executable).parent / "prefect")
     label = name or f"{host}-{pool}{index if pool == 'gpu' else ''}"
     command = [prefect, "worker", "start", "--pool", pool, "--type", "process", "--name", label]
-    # On a GPU one run computes and one more gets its data ready.
-    os.execve(prefect, [*command, *(["--limit", "2"] if pool == "gpu" else [])], given)
+    # A second run would wait here for this GPU, also where another GPU is free.
+    os.execve(prefect, [*command, *(["--limit", "1"] if pool == "gpu" else [])], given)
 
 
 @services.command()
@@ -198,6 +216,8 @@ def worker(pool: str, index: int, name: str | None) -> None:
 def deploy(slots: int) -> None:
     """Tell the server about pools, deployments, and what to do when a run is lost."""
     os.environ.update(environment(Path.cwd()))
+    # Prefect would write its value here into the deployments, for every worker.
+    os.environ.pop(CHECKOUT, None)
     _wait_for(f"{os.environ['PREFECT_API_URL']}/health")
     make_pools(slots)
     make_automations()
@@ -215,8 +235,6 @@ def _wait_for(url: str, patience: float = 300) -> None:
             if getattr(error, "code", None) is not None:  # it answers, whatever it says
                 return
             if time.monotonic() > deadline:
-                from drawplate.core.errors import UserError
-
                 raise UserError(f"no server at {url}; start one with `make server`") from None
             time.sleep(1)
 

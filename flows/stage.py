@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,13 +26,10 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 
-from flows.graph import Repro, inputs, repro  # noqa: E402
-from flows.handover import entries, hand_on  # noqa: E402
+from flows.graph import Inputs, Repro, Status, inputs, reason, repro  # noqa: E402
+from flows.handover import REF, entries, hand_on  # noqa: E402
 from flows.slots import INPUTS, device, slot  # noqa: E402
 from flows.workspace import Workspace, source, workspace  # noqa: E402
-
-REF = r"^refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/[^/]+$"
-"""How the full name of an experiment's ref looks."""
 
 
 class StageRequest(BaseModel):
@@ -48,9 +45,7 @@ class StageFailed(RuntimeError):
     """`dvc repro` failed; `busy` where only another run was in the way."""
 
     def __init__(self, name: str, tail: str):
-        last = tail.strip().splitlines()[-1] if tail.strip() else "no output"
-        ours = [line for line in tail.splitlines() if line.startswith("drawplate: ")]
-        super().__init__(f"stage {name}: {ours[-1] if ours else last}")
+        super().__init__(f"stage {name}: {reason(tail)}")
         self.busy = any(
             text in tail
             for text in ("is busy", "Unable to acquire lock", "is being made by process")
@@ -68,19 +63,36 @@ def stage(request: StageRequest) -> State[Any]:
     with with_worker(), workspace(source(), request.ref) as place:
         read = inputs(place.root, request.stage)
         with slot(f"{INPUTS}{read.key}", logger.info), on_device(place, logger.info):
-            if not (read.settled and place.remote):
-                place.bring(read.made)
-            done = _repro(place, request, _progress(request.stage, logger.info))
-            status = done.statuses.get(request.stage, "unchanged")
-            if place.remote and status != "unchanged":
-                place.push(request.stage, entries(place)[request.stage])
+            status = bring_up_to_date(place, request, read, _progress(request.stage, logger.info))
         hand_on(place, request.ref, request.stage, entries(place)[request.stage])
     return Completed(message=status)
 
 
-def _repro(place: Workspace, request: StageRequest, line: Callable[[str], None]) -> Repro:
+def bring_up_to_date(
+    place: Workspace, request: StageRequest, read: Inputs, line: Callable[[str], None]
+) -> Status:
+    """Computes the stage unless what dvc.lock names is there; returns how that went.
+
+    Afterwards the stage's outputs are where other machines find them.
+    """
+    unsent, lost = place.lacking(request.stage)
+    place.bring(read.added)
+    if lost:
+        line(f"{', '.join(lost)}: in no cache and no remote; {request.stage} makes it again")
+    if lost or not (read.settled and place.remote):
+        place.bring(read.made)
+    done = _repro(place, request, ["--allow-missing"] if not lost else [], line)
+    status = done.statuses.get(request.stage, "unchanged")
+    if place.remote and (unsent or status != "unchanged"):
+        place.push(request.stage, entries(place)[request.stage])
+    return status
+
+
+def _repro(
+    place: Workspace, request: StageRequest, options: Sequence[str], line: Callable[[str], None]
+) -> Repro:
     """`dvc repro` of the stage, waiting where a run that lost its lease still holds the files."""
-    options = ["--allow-missing", *(["--pull"] if place.remote else [])]
+    options = [*options, *(["--pull"] if place.remote else [])]
     experiment = request.ref.rsplit("/", 1)[1]
     while True:
         done = repro(

@@ -1,5 +1,7 @@
 """Whether checkout, cache and remote hold what dvc.lock says; what is damaged can be repaired.
 
+The deployed `verify` does so for the newest commit and the experiments of the source repository.
+
 DVC trusts a file's name, size and time: a changed object of the cache is handed out as if it were
 whole, and `dvc status` says nothing. Here every byte is read.
 """
@@ -10,11 +12,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from drawplate.core.errors import Damaged, UserError
 from stages.quiet import quiet_environment
 
 quiet_environment()
@@ -22,6 +25,9 @@ quiet_environment()
 import click  # noqa: E402
 from prefect import flow, get_run_logger  # noqa: E402
 from prefect.artifacts import create_table_artifact  # noqa: E402
+
+from flows.handover import experiments  # noqa: E402
+from flows.workspace import source, workspace  # noqa: E402
 
 Place = Literal["checkout", "cache", "remote"]
 State = Literal["whole", "damaged", "missing"]
@@ -37,35 +43,44 @@ class Finding(NamedTuple):
     """DVC's hash of what should be there."""
 
 
-def check(root: Path) -> list[Finding]:
+def check(root: Path, commits: Sequence[str] | None = None) -> list[Finding]:
     """Reads every file that dvc.lock names, in the checkout, the cache and the default remote.
 
     What is missing in one place is no fault by itself: a checkout or cache may hold only a part.
 
+    Args:
+        root: a checkout with DVC's configuration.
+        commits: of this repository, whose dvc.lock is meant in place of that of the checkout;
+            cache and remote are read then, each file once.
+
     Raises:
-        UserError: there is no dvc.lock in `root`.
+        UserError: `commits` is None and there is no dvc.lock in `root`.
     """
     from dvc.repo import Repo
 
     root = root.resolve()
-    if not (root / "dvc.lock").exists():
-        from drawplate.core.errors import UserError
-
+    if commits is None and not (root / "dvc.lock").exists():
         raise UserError(f"{root} has no dvc.lock: nothing was computed here yet")
     findings: list[Finding] = []
+    read: set[tuple[str, str]] = set()
     with Repo(str(root)) as repo:
         stores = _stores(repo)
-        for out in repo.index.outs:
-            if not out.use_cache or not out.hash_info:
-                continue
-            path = Path(out.fs_path).relative_to(root).as_posix()
-            for name, digest in _members(path, out.hash_info.value, stores):
-                findings += [
-                    Finding(name, place, _stored(store, digest), digest)
-                    for place, store in stores.items()
-                ]
-                if not digest.endswith(".dir"):
-                    findings.append(Finding(name, "checkout", _file(root / name, digest), digest))
+        for _ in repo.brancher(revs=list(commits or []), workspace=False):
+            for out in repo.index.outs:
+                if not out.use_cache or not out.hash_info:
+                    continue
+                path = Path(repo.fs.relpath(out.fs_path, repo.root_dir)).as_posix()
+                if (path, out.hash_info.value) in read:
+                    continue
+                read.add((path, out.hash_info.value))
+                for name, digest in _members(path, out.hash_info.value, stores):
+                    findings += [
+                        Finding(name, place, _stored(store, digest), digest)
+                        for place, store in stores.items()
+                    ]
+                    if commits is None and not digest.endswith(".dir"):
+                        state = _file(root / name, digest)
+                        findings.append(Finding(name, "checkout", state, digest))
     return findings
 
 
@@ -122,11 +137,13 @@ def faults(findings: list[Finding]) -> list[Finding]:
     ]
 
 
-def repair(root: Path, findings: list[Finding]) -> list[Finding]:
+def repair(
+    root: Path, findings: list[Finding], commits: Sequence[str] | None = None
+) -> list[Finding]:
     """Replaces damaged files by whole copies from another place; returns what is still wrong.
 
     What is whole nowhere is taken out of cache and remote, so that the next run computes it again
-    instead of trusting it.
+    instead of trusting it; so is the listing of its folder, which to DVC means that all is there.
     """
     from dvc.repo import Repo
 
@@ -152,7 +169,14 @@ def repair(root: Path, findings: list[Finding]) -> list[Finding]:
                 else:  # an object store shows an object when it is complete
                     with store.fs.open(place, "wb") as out:
                         shutil.copyfileobj(content, out, 1 << 20)
-    return faults(check(root))
+        lost = {finding.digest for finding in faults(findings)} - set(whole)
+        listings = {f.digest: f.path for f in findings if f.digest.endswith(".dir")}
+        for listing, path in listings.items():
+            if not lost.isdisjoint(digest for _, digest in _members(path, listing, stores)):
+                for store in stores.values():
+                    if store.exists(listing):
+                        store.delete(listing)
+    return faults(check(root, commits))
 
 
 def _open(root: Path, stores: Mapping[Place, Any], finding: Finding) -> Any:
@@ -181,24 +205,15 @@ def told(finding: Finding) -> str:
 
 @flow(name="verify")
 def verify(revision: str | None = None, mend: bool = False) -> None:
-    """Rehashes every artefact that dvc.lock names; the run fails where one is damaged.
+    """Rehashes in cache and remote what was computed; the run fails where something is damaged.
 
     Args:
-        revision: branch, tag, commit or experiment's ref to take dvc.lock from; the source
-            repository as it is checked out where it is null.
+        revision: branch, tag, commit or experiment's ref to take dvc.lock from; the newest commit
+            and all experiments of the source repository where it is null.
         mend: whether to replace what is damaged by whole copies.
     """
-    from flows.workspace import source, workspace
-
     logger = get_run_logger()
-    with ExitStack() as places:
-        if revision is None:
-            root = Path(source())
-        else:
-            root = places.enter_context(workspace(source(), revision)).root
-        findings = check(root)
-        wrong = faults(findings)
-        left = repair(root, findings) if mend and wrong else wrong
+    findings, wrong, left = verify_source(revision, mend)
     for finding in wrong:
         logger.error(told(finding))
     create_table_artifact(
@@ -210,14 +225,27 @@ def verify(revision: str | None = None, mend: bool = False) -> None:
         raise RuntimeError(f"{len(left)} of {len(findings)} files are damaged: {told(left[0])}")
 
 
+def verify_source(
+    revision: str | None, mend: bool
+) -> tuple[list[Finding], list[Finding], list[Finding]]:
+    """What was read of the source's results, what is wrong with it, and what still is.
+
+    Read from a workspace, so no file of a checkout is touched.
+    """
+    with workspace(source(), revision or "HEAD") as place:
+        commits = [place.git("rev-parse", "HEAD"), *([] if revision else experiments(place))]
+        findings = check(place.root, commits)
+        wrong = faults(findings)
+        left = repair(place.root, findings, commits) if mend and wrong else wrong
+    return findings, wrong, left
+
+
 def verify_project(root: Path, mend: bool) -> None:
     """What `drawplate verify` does: says what is damaged, and mends it where it is asked to.
 
     Raises:
         Damaged: something is damaged, or still is.
     """
-    from drawplate.core.errors import Damaged
-
     findings = check(root)
     wrong = faults(findings)
     for finding in wrong:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from drawplate.core.errors import UserError
+from flows.graph import reason
 from stages.quiet import quiet_environment
 
 _PREFIX = "drawplate-"
@@ -49,23 +51,49 @@ class Workspace(NamedTuple):
         state = os.environ.get("DRAWPLATE_STATE") or str(self.cache / "work")
         return {"PYTHONPATH": os.pathsep.join(paths), "DRAWPLATE_STATE": state}
 
-    def dvc(self, *arguments: str) -> None:
-        """Calls `dvc` here; `RuntimeError` with its last line where it fails."""
+    def dvc(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        """Calls `dvc` here; `RuntimeError` with what it said where it fails.
+
+        `--quiet` would have it keep most errors to itself.
+        """
         quiet_environment()
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
-        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode != 0:
-            words = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-            raise RuntimeError(f"dvc {' '.join(arguments)}: {words[-1]}")
+            said = reason(f"{done.stdout}\n{done.stderr}")
+            raise RuntimeError(f"dvc {' '.join(arguments)}: {said}")
 
     def bring(self, paths: Sequence[str]) -> None:
         """Puts outputs that dvc.lock names here, from the cache and else from the remote."""
         if not paths:
             return
         if self.remote:
-            self.dvc("pull", "--quiet", "--allow-missing", *paths)
+            self.dvc("pull", "--allow-missing", *paths)
         else:
-            self.dvc("checkout", "--quiet", "--allow-missing", *paths)
+            self.dvc("checkout", "--allow-missing", *paths)
+
+    def lacking(self, stage: str) -> tuple[list[str], list[str]]:
+        """Outputs of `stage`, by dvc.lock, that other machines do not find; and those lost to all.
+
+        Others look in the remote; without one they share the cache.
+        """
+        from dvc.repo import Repo
+
+        with Repo(str(self.root)) as repo:
+            here = repo.cache.local
+            shared = repo.cloud.get_remote_odb() if self.remote else here
+            found = next(each for each in repo.index.stages if getattr(each, "name", "") == stage)
+            outs = [out for out in found.outs if out.use_cache and out.hash_info]
+            unsent = [out for out in outs if not _holds(shared, out.hash_info)]
+            lost = [out for out in unsent if not _holds(here, out.hash_info)]
+        return [out.def_path for out in unsent], [out.def_path for out in lost]
 
     def push(self, stage: str, entry: Mapping[str, Any]) -> None:
         """Sends what `stage` made, and its entry of the run cache, to the remote.
@@ -73,7 +101,7 @@ class Workspace(NamedTuple):
         `dvc push` leaves out files that git keeps, such as metrics. The run cache of another
         machine needs them too: without them it would compute the stage again.
         """
-        self.dvc("push", "--quiet", "--run-cache", stage)
+        self.dvc("push", "--run-cache", stage)
         from dvc.repo import Repo
         from dvc_data.hashfile.hash_info import HashInfo
 
@@ -82,11 +110,17 @@ class Workspace(NamedTuple):
             repo.cloud.push([HashInfo("md5", digest) for digest in digests])
 
 
-def _wrong(text: str) -> Exception:
-    """A user's error; its class comes with torch, which a run that goes well does not need."""
-    from drawplate.core.errors import UserError
+def _holds(store: Any, output: Any) -> bool:
+    """Whether a cache or remote has a file, or a folder with all that it lists."""
+    from dvc_data.hashfile.tree import Tree
 
-    return UserError(text)
+    digests = {output.value}
+    if output.isdir:
+        try:
+            digests |= {entry.value for _, _, entry in Tree.load(store, output)}
+        except FileNotFoundError:
+            return False
+    return set(store.list_oids_exists(digests)) == digests
 
 
 def git(
@@ -119,7 +153,9 @@ def source() -> str:
     try:
         return git(Path.cwd(), "rev-parse", "--show-toplevel")
     except subprocess.CalledProcessError:
-        raise _wrong(f"{Path.cwd()} is in no git repository; set DRAWPLATE_SOURCE to one") from None
+        raise UserError(
+            f"{Path.cwd()} is in no git repository; set DRAWPLATE_SOURCE to one"
+        ) from None
 
 
 @contextmanager
@@ -146,7 +182,7 @@ def workspace(
             fcntl.flock(held, fcntl.LOCK_EX)
             made = _clone(origin, revision, folder / "workspace")
             if outputs is None:
-                made.dvc("checkout", "--quiet", "--allow-missing")
+                made.dvc("checkout", "--allow-missing")
             else:
                 made.bring(outputs)
             yield made
@@ -169,7 +205,7 @@ def _clone(origin: str, revision: str, root: Path) -> Workspace:
             commit = _commit(root, "FETCH_HEAD", origin)
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode().strip().splitlines()[-1:]
-        raise _wrong(f"{origin} at {revision!r}: {' '.join(last) or 'git failed'}") from None
+        raise UserError(f"{origin} at {revision!r}: {' '.join(last) or 'git failed'}") from None
     git(root, "checkout", "--quiet", "--detach", commit)
     return _pin(Workspace(root, origin, Path(), False), Path(origin) if local else root)
 
@@ -180,7 +216,7 @@ def _commit(root: Path, revision: str, origin: str) -> str:
             root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"
         )
     except subprocess.CalledProcessError:
-        raise _wrong(
+        raise UserError(
             f"{origin} has no revision {revision!r}; give a branch, a tag or a commit"
         ) from None
 
@@ -194,17 +230,21 @@ def _pin(made: Workspace, configured: Path) -> Workspace:
     from dvc.config import Config
 
     if not (configured / ".dvc").is_dir():
-        raise _wrong(f"{made.source} is no DVC project: it has no folder .dvc")
+        raise UserError(f"{made.source} is no DVC project: it has no folder .dvc")
     config = Config(dvc_dir=str(configured / ".dvc"))
     cache = os.environ.get("DRAWPLATE_CACHE") or config["cache"].get("dir")
     if cache is None:
         if configured == made.root:
-            raise _wrong(f"{made.source} is not on this machine; set DRAWPLATE_CACHE to a folder")
+            raise UserError(
+                f"{made.source} is not on this machine; set DRAWPLATE_CACHE to a folder"
+            )
         cache = str(configured / ".dvc" / "cache")
     remotes: dict[str, dict[str, Any]] = {
         name: {"verify": True, **settings} for name, settings in config["remote"].items()
     }
     default = config["core"].get("remote")
+    if configured == made.root:
+        _refuse_relative(made)
     with Config(dvc_dir=str(made.root / ".dvc")).edit("local") as local:
         local["cache"] = {"dir": str(Path(cache).resolve())}
         local["remote"] = remotes
@@ -212,6 +252,19 @@ def _pin(made: Workspace, configured: Path) -> Workspace:
             local["core"] = {"remote": default}
     (made.root / ".dvc" / "config.local").chmod(0o600)
     return made._replace(cache=Path(cache).resolve(), remote=default in remotes)
+
+
+def _refuse_relative(made: Workspace) -> None:
+    """A remote by a relative path would lie beside the clone, and go with it."""
+    from configobj import ConfigObj
+
+    for section, settings in ConfigObj(str(made.root / ".dvc" / "config")).items():
+        url = settings.get("url", "") if section.startswith(("remote ", "'remote ")) else ""
+        if url and "://" not in url and not Path(url).is_absolute():
+            raise UserError(
+                f"{made.source}: .dvc/config gives a remote the relative path {url}, which is "
+                "nowhere on this machine; give it an absolute path or a URL"
+            )
 
 
 def _sweep(parent: Path) -> None:

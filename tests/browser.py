@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from base64 import b64decode
 from urllib.request import Request, urlopen
 
 from websockets.sync.client import connect
@@ -17,7 +18,7 @@ class Browser:
     """Opens pages in a tab of its own; `before` is a script that runs ahead of each page's."""
 
     def __init__(self, folder, before=""):
-        self.folder, self.before, self.count = folder, before, 0
+        self.folder, self.before, self.count, self.pictures = folder, before, 0, 0
 
     def __enter__(self):
         command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu"]
@@ -45,12 +46,18 @@ class Browser:
         self.process.wait()
 
     def see(self, address, expected, seconds=120):
-        """Opens a page and waits until its text holds all of `expected`."""
+        """Opens a page, waits until its text holds all of `expected`, and leaves a picture of it.
+
+        Pictures lie in `folder` as page-1.png and so on, in the order of the calls.
+        """
         self._ask("Page.navigate", url=address)
         deadline = time.monotonic() + seconds
         while missing := [each for each in expected if each not in self._text()]:
             assert time.monotonic() < deadline, f"{address} lacks {missing}:\n{self._text()[:3000]}"
             time.sleep(1)
+        self.pictures += 1
+        picture = self._ask("Page.captureScreenshot")["data"]
+        (self.folder / f"page-{self.pictures}.png").write_bytes(b64decode(picture))
 
     def _text(self):
         script = "document.body ? document.body.innerText : ''"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 
 from stages.tracking import client, drain, experiment
@@ -58,12 +59,12 @@ def test_every_plot_of_the_pipeline_is_drawn(tmp_path):
                 assert content["layer"][1]["encoding"]["text"]["field"] == "model"
 
 
-def seen(address: str, folder: Path) -> str:
-    """The text of a page after its scripts ran; the picture lies beside it."""
+def seen(address: str, picture: Path) -> str:
+    """The text of a page after its scripts ran; what it looks like is left as `picture`."""
     common = [
         *(CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-        *(f"--user-data-dir={folder / 'browser'}", "--window-size=1500,1400", "--timeout=60000"),
-        "--virtual-time-budget=40000",
+        *(f"--user-data-dir={picture.parent / 'browser'}", "--window-size=1500,1400"),
+        *("--timeout=60000", "--virtual-time-budget=40000", f"--screenshot={picture}"),
     ]
     done = subprocess.run(
         [*common, "--dump-dom", address], capture_output=True, text=True, check=True, timeout=300
@@ -114,8 +115,10 @@ def test_a_walk_through_mlflow(template, tmp_path, project, monkeypatch):  # noq
             f"{server.uri}/#/models/drawplate": ["Version 1", "champion"],
             f"{server.uri}/#/models/drawplate/versions/1": ["Champion: now version 1"],
         }  # fmt: skip
-        for address, expected in walk.items():
-            text = seen(address, tmp_path)
+        for number, (address, expected) in enumerate(walk.items()):
+            picture = tmp_path / f"page-{number}.png"
+            text = seen(address, picture)
             assert [each for each in expected if each not in text] == [], address
+            assert Image.open(picture).convert("L").getextrema() != (255, 255), address
     finally:
         server.kill()

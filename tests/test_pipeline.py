@@ -1,11 +1,13 @@
 """The Prefect flow over a small DVC project, on a server that Prefect starts for the test."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from drawplate.core.errors import UserError
 from flows.graph import Node
 from flows.pipeline import StageFailed, wanted
 
@@ -16,7 +18,7 @@ def test_targets_bring_what_they_need_in_order():
     assert [node.name for node in wanted(ORDER, ["c"])] == ["a", "b", "c"]
     assert [node.name for node in wanted(ORDER, ["d", "b"])] == ["a", "b", "d"]
     assert wanted(ORDER, None) == ORDER
-    with pytest.raises(ValueError, match="no stage 'x'; there are: a, b, c, d"):
+    with pytest.raises(UserError, match="no stage 'x'; there are: a, b, c, d"):
         wanted(ORDER, ["x"])
 
 
@@ -39,20 +41,29 @@ from pathlib import Path
 from flows.pipeline import in_place
 for _ in range(2):
     print("RESULT", [(r.name, r.status, sorted(r.outputs)) for r in in_place(Path(sys.argv[1]))])
+def failed():
+    try:
+        in_place(Path(sys.argv[1]))
+    except Exception as error:
+        print("FAILED", error)
 Path(sys.argv[1], "first.py").write_text("raise SystemExit('drawplate: it is broken')")
-try:
-    in_place(Path(sys.argv[1]))
-except Exception as error:
-    print("FAILED", error)
+failed()
+params = Path(sys.argv[1], "params.yaml")
+params.write_text(params.read_text().replace("  documents:", "  documnets:"))
+Path(sys.argv[1], "first.py").write_text("open('begun', 'w')")
+failed()
 """
 
 
-def test_the_flow_runs_stages_in_order_then_finds_nothing_to_do_then_says_what_broke(tmp_path):
+def test_the_flow_runs_in_order_then_finds_nothing_to_do_then_says_what_is_wrong(
+    tmp_path,
+):
     project = tmp_path / "project"
     project.mkdir()
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=project, check=True, capture_output=True)
     (project / "dvc.yaml").write_text(YAML)
+    shutil.copy(Path(__file__).parents[1] / "params.yaml", project)
     (project / "first.py").write_text("open('first.txt', 'w').write('1')")
     root = Path(__file__).parents[1]
     done = subprocess.run(
@@ -75,4 +86,6 @@ def test_the_flow_runs_stages_in_order_then_finds_nothing_to_do_then_says_what_b
         "RESULT [('first', 'unchanged', ['first.txt']), ('last', 'unchanged', ['last.txt'])]",
     ], done.stderr[-3000:]
     assert "FAILED stage first:" in done.stdout
+    assert "FAILED evaluate.documnets is not a key here (did you mean 'documents'?)" in done.stdout
+    assert not (project / "begun").exists()
     assert "it is broken" in done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,14 +12,21 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from jsonschema import Draft202012Validator
 
+from drawplate import settings
 from drawplate.core.errors import UserError
 from flows.cli import cli
-from flows.sweep import engines
-from flows.sweep.plan import committed, steps
+from flows.request import Request
+from flows.sweep import engines, space
+from flows.sweep.plan import Spec, committed, steps
 from flows.sweep.run import Sweep, run
-from flows.workspace import git
+from flows.sweep.trial import record, recorded
+from flows.workspace import git, workspace
+from stages.check import check
 from stages.quiet import guarded
+
+ROOT = Path(__file__).parents[1]
 
 HOME = Path(__file__).parents[1]
 DVC = [sys.executable, "-m", "dvc"]
@@ -81,17 +89,23 @@ def made(root):
     (root / "stage.py").write_text(STAGE)
     (root / "params.yaml").write_text(json.dumps(PARAMS))
     (root / ".gitignore").write_text("/*.json\n/.drawplate\n/mlflow.db\n/mlartifacts\n")
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    git(root, "init", "-q")
+    git(root, "config", "user.name", "t")
+    git(root, "config", "user.email", "t@localhost")
     commit(root)
     return root
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project, and an environment in which its stages tell when they run."""
-    for name in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{name}_NAME", "t")
-        monkeypatch.setenv(f"GIT_{name}_EMAIL", "t@localhost")
+    """A project, and an environment in which its stages tell when they run.
+
+    Git knows a user in this repository only, so a clone of it has none.
+    """
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in os.environ:
+        if name.startswith(("GIT_AUTHOR", "GIT_COMMITTER", "GIT_CONFIG", "XDG_CONFIG")):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("COUNTS", str(tmp_path / "counts"))
     monkeypatch.setenv("DRAWPLATE_WORKSPACES", str(tmp_path / "workspaces"))
     monkeypatch.setenv("PYTHONPATH", f"{HOME}{os.pathsep}{HOME / 'src'}")
@@ -189,7 +203,10 @@ def test_what_trials_would_not_see_is_refused(project):
 WRONG = [
     (["-S", "compress.ratio"], "expected dotted.key=values"),
     (["-S", "compress.ratio=0.1..0.5"], "a grid needs a step"),
-    (["-S", "compress.ratoi=0.1,0.2"], "trial compress.ratoi=0.1: compress.ratoi is not a key"),
+    (["-S", "compress.ratoi=0.1,0.2"], "compress.ratoi is no key of params.yaml (did you mean"),
+    (["-S", "compress.method.name=slice,slcie"], "no method 'slcie' (did you mean 'slice'?); choo"),
+    (["-S", "compress.method.name=slice", "-S", "compress.method.rank=1"], "is no key of params"),
+    (["-S", "compress.method.name=slice", "-S", "compress.method.turns=1"], "is not a key here"),
     (["-S", "compress.ratio=0.1,1.5"], "trial compress.ratio=1.5: compress.ratio: input should"),
     (["-S", "compress.ratio=0.1..1.5", "--study", "3"], "trial compress.ratio=1.5: "),
     (["-S", "quantize.bits=2,3", "--goal", "quantize:up"], "expected [file:]key:max"),
@@ -213,23 +230,105 @@ def test_a_wrong_sweep_is_one_line_and_nothing_runs(project, monkeypatch, capsys
     assert not (project / ".drawplate").exists()
 
 
+def test_a_trial_is_recorded_where_only_the_project_says_who_its_user_is(project):
+    with workspace(str(project)) as place:
+        commit = git(project, "rev-parse", "HEAD")
+        spec = Spec(
+            root=project, revision=commit, name="one", changes={}, params="", locked=False,
+            targets=("pretrain",), turns=(), metrics=("metrics/pretrain.json",), session="s",
+            parent=None, environment={},
+        )  # fmt: skip
+        (place.root / "params.yaml").write_text(json.dumps(PARAMS | {"pretrain": {"batch": 8}}))
+        for file in ("pretrain.json", "metrics/pretrain.json"):
+            (place.root / file).parent.mkdir(exist_ok=True)
+            (place.root / file).write_text("{}")
+        record(place, spec)
+    assert list(recorded(project, commit)) == ["one"]
+
+
 def test_a_form_is_refused_before_a_flow_begins():
     for bad in (
         {"parameters": ["a"]},
         {"parameters": []},
-        {"parameters": ["a=1"], "goals": ["a"]},
-        {"parameters": ["a=1"], "keep": ["a<1"]},
-        {"parameters": ["a=1"], "jobs": 0},
-        {"parameters": ["a=1"], "engine": "slurm"},
-        {"parameters": ["a=1"], "more": 1},
+        {"parameters": ["compress.ratio=1"], "goals": ["a"]},
+        {"parameters": ["compress.ratio=1"], "keep": ["a<1"]},
+        {"parameters": ["compress.rato=1"]},
+        {"parameters": ["compress.method.name=slice,slcie"]},
+        {"parameters": ["compress.ratio=1"], "targets": ["nonsense"]},
+        {"parameters": ["compress.ratio=1"], "jobs": 0},
+        {"parameters": ["compress.ratio=1"], "engine": "slurm"},
+        {"parameters": ["compress.ratio=1"], "more": 1},
     ):
         with pytest.raises(ValueError, match="validation error"):
             Sweep.model_validate(bad)
 
 
-def test_help_says_how_values_are_written():
-    text = CliRunner().invoke(cli, ["sweep", "--help"]).output
-    assert "1e-4..1e-2:log" in text
+SCHEMA = Draft202012Validator(Sweep.model_json_schema())
+
+
+def test_the_form_that_a_server_has_refuses_the_same():
+    for bad in (
+        {"parameters": ["compress.ratio"]},
+        {"parameters": []},
+        {"parameters": ["compress.rato=1,2"]},
+        {"parameters": ["compress.method.name=slice,slcie"]},
+        {"parameters": ["quantize.bits=2"], "targets": ["nonsense"]},
+        {"parameters": ["quantize.bits=2"], "goals": ["x"]},
+        {"parameters": ["quantize.bits=2"], "keep": ["a<1"]},
+    ):
+        assert not SCHEMA.is_valid(bad), bad
+    for good in (
+        {"parameters": ["quantize.bits=2..4", "compress.method.name=slice, 'low_rank'"]},
+        {"parameters": ["finetune.optimizer.rest.rate=1e-4..1e-2:log"], "study": 3},
+        {
+            "parameters": ["prepare.tasks.0.name=gcd"],
+            "targets": ["prepare"],
+            "goals": ["evaluate:tuned.greedy:max", "up:min"],
+            "keep": ["evaluate:tuned.stored_bytes <= 2e6"],
+        },
+    ):
+        assert SCHEMA.is_valid(good), good
+        Sweep.model_validate(good)
+
+
+@pytest.mark.parametrize("form", [Sweep, Request])
+def test_every_field_of_a_form_says_what_it_is_for(form):
+    missing = [name for name, field in form.model_fields.items() if not field.description]
+    assert missing == []
+
+
+def test_every_example_of_the_help_is_one_that_stages_take():
+    """Keys exist, and all values at the ends of a range are legal."""
+    tree = settings.read(ROOT / "params.yaml")
+    asked = CliRunner().invoke(cli, ["sweep", "--help"]).output
+    texts = {
+        "sweep": asked,
+        **{
+            f"{form.__name__}.{name}": f"`{field.description}`"
+            for form in (Sweep, Request)
+            for name, field in form.model_fields.items()
+        },
+    }
+    found = [
+        (where, example)
+        for where, text in texts.items()
+        for example in re.findall(r"(?:(?<=`)|(?<=-S ))[a-z_]+(?:\.[a-z_0-9]+)+=[^\s`]+", text)
+    ]
+    assert {where for where, _ in found} == {"sweep", "Sweep.parameters", "Request.overrides"}
+    assert len(found) >= 7
+    for where, example in found:
+        axis = space.axis(example)
+        for value in space.ends(axis):
+            try:
+                check(settings.override(tree, [f"{axis.key}={value}"]))
+            except UserError as error:
+                pytest.fail(f"{where}: {example}: {error}")
+    # The forms without a key stand as one of theirs would.
+    assert "0.2,0.4 or 2..4 or 0.1..0.5 or 1e-4..1e-2:log" in " ".join(asked.split())
+    goals = re.findall(r"--goal (\S+:(?:max|min))", asked)
+    keeps = re.findall(r"--keep '(\S+)'", asked)
+    assert keeps
+    Sweep(parameters=["compress.ratio=0.3"], goals=goals, keep=keeps)
 
 
 def test_a_missing_extra_is_named(monkeypatch):

@@ -6,6 +6,7 @@ One server serves the module; each test has parameters of its own, so no result 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from datetime import timedelta
 
 import pytest
 from browser import CHROMIUM, Browser
+from prefect.client.schemas.actions import WorkPoolUpdate
 from workers_cases import ROOT, Farm, alive, git, until
 
+from flows.local import change_params
 from flows.slots import LEASE
 
 
@@ -96,6 +99,7 @@ def test_a_run_on_workers_lands_where_its_user_finds_it(farm):
     assert artifacts["pretrain-train"].data == 100
     assert "ran" in artifacts["stages"].data
     assert "quantize" not in artifacts["stages"].data
+    assert "`dvc pull prepare pretrain`" in artifacts["stages"].description
 
 
 @pytest.mark.slow
@@ -114,12 +118,20 @@ def test_a_wrong_parameter_is_refused_before_a_run_exists(farm):
         {"presets": ["rl/dlr"]},
         {"overrides": ["pretrain.seed"]},
         {"overrides": ["nothing.seed=1"]},
+        {"overrides": ["compress.method.name=nonsense"]},
         {"revision": ""},
         {"name": "../x"},
         {"extra": 1},
     ):
         with pytest.raises(PrefectHTTPStatusError):
             farm.ask(**wrong)
+    for wrong in (
+        {"parameters": ["compress.ratio"]},
+        {"parameters": ["compress.ratio=0.1"], "targets": ["nonsense"]},
+        {"parameters": ["compress.ratio=0.1"], "goals": ["x"]},
+    ):
+        with pytest.raises(PrefectHTTPStatusError):
+            farm.ask("sweep/sweep", **wrong)
     with farm.client() as client:
         assert len(client.read_flow_runs()) == known
 
@@ -235,7 +247,7 @@ def test_what_one_worker_computed_no_other_computes_again(farm):
 
 @pytest.mark.slow
 def test_one_stage_at_a_time_uses_a_gpu_and_a_cpu_works_beside_it(farm):
-    """Two workers on one GPU take turns; the control is a worker on another GPU, which does not."""
+    """Two workers on one GPU take turns; the next test is the control, with two GPUs."""
     farm.worker("g3", "gpu")
     runs = [
         farm.ask(
@@ -257,6 +269,33 @@ def test_one_stage_at_a_time_uses_a_gpu_and_a_cpu_works_beside_it(farm):
     quantized = [ends(farm, "quantize", bits)[0]["time"] for bits in (2, 3)]
     assert min(quantized) < second[1]
     farm.kill("g3")
+
+
+@pytest.mark.slow
+def test_two_gpus_compute_two_stages_at_once(farm):
+    """Both are asked for before a worker looks, so that the first to look could take both."""
+    farm.worker("g6", "gpu", gpu=1)
+    until(lambda: (farm.folder / "g6.out").read_text().count("started"), what="g6 started")
+    known = len(farm.children("finetune"))
+    with farm.client() as client:
+        client.update_work_pool("gpu", WorkPoolUpdate(is_paused=True))
+        runs = [
+            farm.ask(
+                name=f"d{seed}",
+                targets=["finetune"],
+                revision=farm.branch(f"d{seed}", finetune_seed=seed, finetune_steps=100),
+            )
+            for seed in (36, 37)
+        ]
+        until(lambda: len(farm.children("finetune")) == known + 2, what="both are asked for")
+        client.update_work_pool("gpu", WorkPoolUpdate(is_paused=False))
+    assert all(farm.wait(run).is_completed() for run in runs)
+    begun, ended = (
+        [fact for seed in (36, 37) for fact in of(farm, "finetune", seed)] for of in (starts, ends)
+    )
+    assert {fact["gpu"].rsplit(":")[-1] for fact in begun} == {"0", "1"}
+    assert max(fact["time"] for fact in begun) < min(fact["time"] for fact in ended)
+    farm.kill("g6")
 
 
 @pytest.mark.slow
@@ -409,20 +448,41 @@ def test_a_rehearsal_on_the_worker_forecasts_what_will_run_and_refuses_what_will
     assert not starts(farm, "pretrain", 93)
 
 
+def begin_sweep(farm, project, *arguments):
+    command = [sys.executable, "-c", INTERRUPTIBLE, "sweep", "pretrain", *arguments]
+    return subprocess.Popen(
+        [*command, "--engine", "workers", "--goal", "pretrain:loss:min"],
+        cwd=project,
+        env=farm.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_project_that_will_not_fit_has_no_trials(farm):
+    huge = farm.folder / "huge"
+    git(farm.folder, "clone", "-q", str(farm.project), str(huge))
+    change_params(huge / "params.yaml", ["pretrain.model.layers=300000"], [])
+    git(huge, "-c", "user.name=a", "-c", "user.email=a@localhost", "commit", "-q", "-am", "huge")
+    git(huge, "push", "-q", "origin", "HEAD:refs/heads/huge")
+    refused = begin_sweep(farm, huge, "-S", "pretrain.seed=85,86")
+    said = refused.communicate(timeout=900)[0]
+    assert refused.returncode == 2, said
+    assert "make pretrain.model smaller" in said
+    assert "--no-preflight goes ahead" in said
+    assert not starts(farm, "pretrain", 85)
+    # The experiment that was rehearsed is nobody's.
+    assert "preflight-" not in git(farm.project, "for-each-ref", "--format=%(refname)")
+
+
 @pytest.mark.slow
 def test_trials_of_a_sweep_are_runs_on_the_workers(farm):
     """One that fails is named, what they share is computed once, an interrupt cancels them."""
 
     def sweep(*arguments):
-        command = [sys.executable, "-c", INTERRUPTIBLE, "sweep", "pretrain", *arguments]
-        return subprocess.Popen(
-            [*command, "--engine", "workers", "--goal", "pretrain:loss:min", "--jobs", "2"],
-            cwd=farm.project,
-            env=farm.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return begin_sweep(farm, farm.project, "--no-preflight", "--jobs", "2", *arguments)
 
     common = ["-S", "prepare.seed=80"]
     first = sweep(*common, "-S", "pretrain.seed=81,13")
@@ -451,7 +511,7 @@ def test_trials_of_a_sweep_are_runs_on_the_workers(farm):
     assert [f["value"] for f in farm.facts("stopped") if f["value"] == 82]
 
     wanted = {"parameters": ["pretrain.seed=81,84"], "goals": ["pretrain:loss:min"]}
-    wanted |= {"targets": ["pretrain"], "engine": "workers"}
+    wanted |= {"targets": ["pretrain"], "engine": "workers", "preflight": False}
     run = farm.ask("sweep/sweep", **wanted)
     state = farm.wait(run)
     assert state.is_completed(), state.message
@@ -466,6 +526,33 @@ from flows.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 main()
 """
+
+
+@pytest.mark.slow
+def test_the_deployed_verify_reads_and_mends_what_workers_made(farm):
+    branch = farm.branch("verified", prepare_seed=97)
+    assert farm.wait(farm.ask(name="v", targets=["prepare"], revision=branch)).is_completed()
+    assert not (farm.project / "dvc.lock").exists()
+    made = bytes_of(farm, "corpus.txt", ref_of(farm, "v"))
+
+    def verify(**parameters):
+        with farm.client() as client:
+            found = client.read_deployment_by_name("verify/verify")
+            run = client.create_flow_run_from_deployment(found.id, parameters=parameters).id
+        return farm.wait(run)
+
+    whole = verify()
+    assert whole.is_completed(), whole.message
+    (stored,) = [
+        f for f in (farm.folder / "remote").rglob("*") if f.is_file() and made == f.read_bytes()
+    ]
+    stored.chmod(0o644)
+    stored.write_bytes(made[::-1])
+    failed = verify()
+    assert failed.is_failed()
+    assert "damaged  remote   corpus.txt" in failed.message
+    assert verify(mend=True).is_completed()
+    assert stored.read_bytes() == made
 
 
 @pytest.mark.slow
@@ -549,6 +636,27 @@ def test_a_machine_without_a_gpu_runs_everything(tmp_path):
         stages = {"prepare", "pretrain", "compress", "quantize", "finetune"}
         assert {fact["stage"] for fact in farm.facts("end")} == stages
         assert {fact["worker"] for fact in farm.facts()} == {"c"}
+
+
+@pytest.mark.slow
+def test_a_worker_runs_its_own_checkout_wherever_that_is(tmp_path):
+    """The folder that was deployed from is on another machine: here it is nowhere."""
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("flows", "stages", "src"):
+        shutil.copytree(ROOT / name, elsewhere / name)
+    for name in ("prefect.yaml", "params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, elsewhere)
+    with Farm(tmp_path) as farm:
+        farm.server()
+        # What a shell has set is not what the workers have.
+        farm.environment["DRAWPLATE_CHECKOUT"] = str(elsewhere)
+        farm.deploy(checkout=elsewhere)
+        shutil.rmtree(elsewhere)
+        farm.worker("c", "cpu")
+        run = farm.ask(name="moved", targets=["prepare"])
+        state = farm.wait(run)
+        assert state.is_completed(), state.message
+        assert {fact["worker"] for fact in farm.facts("end")} == {"c"}
 
 
 def test_the_flows_for_workers_import_neither_torch_nor_mlflow():

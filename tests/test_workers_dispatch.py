@@ -1,9 +1,12 @@
 """Which stage is asked for when and where, and what is done about one that is lost; no server."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from uuid import uuid4
 
 import httpx
@@ -11,12 +14,14 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed, Failed, Running, Scheduled
-from workers_cases import alive
+from ruamel.yaml import YAML
+from workers_cases import ROOT, alive
 
-from flows import dispatch
+from flows import dispatch, graph
 from flows.ahead import first
 from flows.dispatch import STARTS, Dispatch
 from flows.graph import Node, end_group
+from flows.services import CHECKOUT
 from flows.slots import patient
 from flows.stage import StageFailed
 
@@ -161,20 +166,62 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("how", ["deaf", "term"])
-def test_a_group_that_does_not_want_to_end_is_ended_children_and_all(how):
+@pytest.fixture
+def stubborn(request):
+    """A process that hears no SIGINT, and SIGTERM only where it is not deaf; and its child."""
     process = subprocess.Popen(
-        [sys.executable, "-c", STUBBORN, how],
+        [sys.executable, "-c", STUBBORN, request.param],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    child = int(process.stdout.readline())
+    yield process, int(process.stdout.readline())
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(("stubborn", "code"), [("deaf", -9), ("term", -15)], indirect=["stubborn"])
+def test_a_group_that_does_not_want_to_end_is_ended_children_and_all(stubborn, code):
+    process, child = stubborn
     assert os.getpgid(child) == process.pid
     end_group(process, grace=0.5)
-    assert process.wait() == (-9 if how == "deaf" else -15)
+    assert process.wait() == code
     deadline = time.monotonic() + 10
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(child)
-    process.stdout.close()
+
+
+@pytest.mark.parametrize("stubborn", ["deaf"], indirect=True)
+def test_a_group_that_hears_nothing_is_killed_after_ten_seconds(stubborn, monkeypatch):
+    """By a clock that passes as it is waited for; most of the time is for saving."""
+    passed, sent, killpg = [0.0], {}, os.killpg
+    clock = SimpleNamespace(monotonic=lambda: sum(passed), sleep=passed.append)
+
+    def send(group, sign):
+        if sign:
+            sent[sign] = clock.monotonic()
+        killpg(group, sign)
+
+    monkeypatch.setattr(graph, "time", clock)
+    monkeypatch.setattr(os, "killpg", send)
+    end_group(stubborn[0])
+    assert stubborn[0].wait() == -9
+    assert list(sent) == [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    assert sent[signal.SIGTERM] > 5
+    assert sent[signal.SIGKILL] == pytest.approx(10, abs=0.3)
+
+
+def test_a_run_finds_the_flows_in_the_folder_of_its_worker(tmp_path, monkeypatch):
+    """As Prefect stores the step when it deploys, and reads it when a worker starts a run."""
+    from prefect.utilities.templating import apply_values
+
+    (step,) = YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["pull"]
+    monkeypatch.delenv(CHECKOUT, raising=False)
+    stored = apply_values(step, {}, remove_notset=False)
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        monkeypatch.setenv(CHECKOUT, str(folder))
+        (found,) = apply_values(stored, {}).values()
+        assert found == {"directory": str(folder)}
+    for kind in ("docker", "kubernetes"):
+        template = json.loads((ROOT / f"flows/templates/{kind}.json").read_text())
+        assert CHECKOUT in template["variables"]["properties"]["env"]["default"]

@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from workers_cases import git
+from workers_cases import git, make_project, run_in
 
 from drawplate.core.errors import UserError
-from flows.verify import check, faults, repair
+from flows.handover import begin
+from flows.verify import check, faults, repair, verify_source
+from flows.workspace import Workspace, source, workspace
 
 DVC = [sys.executable, "-m", "dvc"]
 YAML = """
@@ -130,6 +132,102 @@ def test_the_command_says_what_is_damaged_and_mends_it(project):
     mended = subprocess.run([*command, "--repair"], cwd=project, capture_output=True, check=False)
     assert mended.returncode == 0
     assert faults(check(project)) == []
+
+
+@pytest.mark.slow
+def test_an_object_store_is_read_and_mended_too(tmp_path):
+    """A remote that is no folder: S3's protocol, from a server of the test's own."""
+    pytest.importorskip("dvc_s3")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    import boto3
+
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        access = {
+            "region_name": "us-east-1",
+            "aws_access_key_id": "a",
+            "aws_secret_access_key": "b",
+        }
+        bucket = boto3.resource("s3", endpoint_url=url, **access).create_bucket(Bucket="store")
+        git(tmp_path, "init", "-q", "project")
+        project = tmp_path / "project"
+        (project / "dvc.yaml").write_text(YAML)
+        subprocess.run([*DVC, "init", "-q"], cwd=project, check=True)
+        (project / ".dvc/config").write_text(
+            "[core]\n    remote = store\n[cache]\n    type = copy\n"
+            f"['remote \"store\"']\n    url = s3://store/data\n    endpointurl = {url}\n"
+            "    region = us-east-1\n    access_key_id = a\n    secret_access_key = b\n"
+        )
+        for command in ("repro", "push"):
+            subprocess.run([*DVC, command, "-q"], cwd=project, check=True)
+        found = check(project)
+        assert (len(found), {finding.state for finding in found}) == (4 * 2 + 3, {"whole"})
+        place = Workspace(project, str(project), project / ".dvc/cache", remote=True)
+        assert place.lacking("make") == ([], [])
+
+        def stored(name):
+            digest = next(finding.digest for finding in found if finding.path == name)
+            return bucket.Object(f"data/files/md5/{digest[:2]}/{digest[2:]}")
+
+        stored("data/a").put(Body=b"0123456780")
+        wrong = faults(check(project))
+        assert [(f.path, f.place, f.state) for f in wrong] == [("data/a", "remote", "damaged")]
+        assert repair(project, check(project)) == []
+        assert stored("data/a").get()["Body"].read() == b"0123456789"
+        # What is whole nowhere is taken away.
+        for finding in [f for f in found if f.path == "single" and f.place != "remote"]:
+            flip(place_of(project, finding))
+        stored("single").put(Body=b"two")
+        assert {(f.path, f.state) for f in repair(project, check(project))} == {
+            ("single", "missing")
+        }
+        assert stored("single").key not in {each.key for each in bucket.objects.all()}
+        assert place.lacking("make") == (["single"], ["single"])
+    finally:
+        server.stop()
+
+
+def test_all_that_was_handed_on_is_verified_and_no_checkout_is_touched(tmp_path, monkeypatch):
+    project = make_project(tmp_path / "project")
+    make = "mkdir corpus && echo 1 > corpus/a && echo 2 > corpus/b"
+    (project / "dvc.yaml").write_text(
+        f"stages: {{prepare: {{cmd: '{make}', params: [prepare.seed], outs: [corpus]}}}}\n"
+    )
+    (project / ".gitignore").write_text("/corpus\n")
+    config = project / ".dvc/config"
+    config.write_text(config.read_text().replace("../..", str(tmp_path)))  # for a clone by URL
+    git(project, "commit", "-qam", "a folder as output")
+    monkeypatch.setenv("DRAWPLATE_SOURCE", f"file://{project}")
+    monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DRAWPLATE_WORKSPACES", str(tmp_path / "workspaces"))
+    assert verify_source(None, mend=False) == ([], [], [])
+    with workspace(source()) as place:
+        ref = begin(place, "nightly")
+    run_in(source(), ref, "prepare")
+    # A listing and two files, in cache and remote.
+    findings, wrong, _ = verify_source(None, mend=False)
+    assert (len(findings), wrong) == (6, [])
+    assert verify_source("main", mend=False) == ([], [], [])
+
+    def copies(name):
+        digest = next(finding.digest for finding in findings if finding.path == name)
+        return [tmp_path / at / "files/md5" / digest[:2] / digest[2:] for at in ("cache", "remote")]
+
+    cache, remote = copies("corpus/a")
+    flip(remote)
+    (_, (damaged,), _), (*_, left) = verify_source(None, False), verify_source(None, mend=True)
+    assert (damaged.path, damaged.place, left) == ("corpus/a", "remote", [])
+    assert remote.read_bytes() == cache.read_bytes() == b"1\n"
+    # What is whole nowhere the next run makes again.
+    flip(cache)
+    flip(remote)
+    assert {finding.state for finding in verify_source(None, mend=True)[2]} == {"missing"}
+    assert run_in(source(), ref, "prepare") == "ran"
+    assert remote.read_bytes() == cache.read_bytes() == b"1\n"
+    assert verify_source(ref, mend=False)[1:] == ([], [])
+    assert not git(project, "status", "--porcelain")
+    assert not (project / "corpus").exists()
 
 
 def test_without_a_lock_there_is_nothing_to_verify(tmp_path):

@@ -1,11 +1,12 @@
 """Workspaces, and handing results on: isolation, one line for a wrong revision, nothing lost."""
 
+import shutil
 import subprocess
 import sys
 import threading
 
 import pytest
-from workers_cases import git, make_project
+from workers_cases import git, make_project, run_in
 
 from drawplate.core.errors import UserError
 from flows.graph import inputs, outdated, repro
@@ -66,14 +67,32 @@ def test_a_folder_without_dvc_is_refused(tmp_path, monkeypatch):
         pass
 
 
+def set_remote(project, url):
+    command = [sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "-f", "store", url]
+    subprocess.run(command, cwd=project, check=True)
+    git(project, "commit", "-qam", "a remote")
+
+
 def test_a_source_given_by_url_is_cloned_with_its_own_cache(project, tmp_path, monkeypatch):
     monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path / "elsewhere"))
+    set_remote(project, str(tmp_path / "remote"))
     with workspace(f"file://{project}", "main") as place:
         assert place.cache == tmp_path / "elsewhere"
         assert git(place.root, "rev-parse", "HEAD") == git(project, "rev-parse", "main")
         assert not (place.root / ".git/objects/info/alternates").exists()
     with pytest.raises(UserError, match="no-such"), workspace(f"file://{project}", "no-such"):
         pass
+
+
+def test_a_source_elsewhere_with_a_remote_beside_it_is_refused(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="relative path"), workspace(f"file://{project}", "main"):
+        pass
+    with workspace(str(project)) as place:  # a folder knows what its path means
+        assert place.remote
+    set_remote(project, str(tmp_path / "remote"))
+    with workspace(f"file://{project}", "main") as place:
+        assert place.remote
 
 
 def test_what_a_killed_run_left_is_swept_and_what_lives_stays(project, tmp_path):
@@ -91,24 +110,20 @@ def test_what_a_killed_run_left_is_swept_and_what_lives_stays(project, tmp_path)
             assert second.root.exists()
 
 
-def run_in(project, ref, *stages):
-    """What a worker does, without Prefect."""
-    for stage in stages:
-        with workspace(str(project), ref) as place:
-            read = inputs(place.root, stage)
-            place.bring(read.made)
-            done = repro(
-                place.root,
-                [stage],
-                single=True,
-                options=["--allow-missing", "--pull"],
-                environment=place.environment(),
-                line=lambda text: None,
-            )
-            assert done.code == 0, done.tail
-            place.push(stage, entries(place)[stage])
-            hand_on(place, ref, stage, entries(place)[stage])
-    return done.statuses[stage]
+def test_a_dvc_that_fails_says_why(project, tmp_path):
+    """`--quiet` would hide some of it, and the last line is a link."""
+    with workspace(str(project)) as place:
+        (place.root / "texts").mkdir()
+        (place.root / "texts/a").write_text("a")
+        place.dvc("add", "texts/a")
+        (place.root / "texts/a").unlink()
+        (tmp_path / "remote").rmdir()
+        (tmp_path / "remote").write_text("no folder")
+        with pytest.raises(RuntimeError, match=r"^dvc push: .*(Not a directory|File exists)"):
+            place.dvc("push")
+        shutil.rmtree(place.cache)
+        with pytest.raises(RuntimeError, match=r"^dvc checkout texts/a: .* targets: texts/a$"):
+            place.dvc("checkout", "texts/a")
 
 
 def test_what_will_run_is_known_without_its_data(project):
@@ -149,6 +164,27 @@ def test_a_user_gets_everything_by_exp_apply_and_pull(project, tmp_path, monkeyp
     assert "up to date" in dvc("status")
 
 
+@pytest.mark.slow
+def test_a_user_gets_the_stages_that_were_asked_for_by_exp_apply_and_pull(project):
+    """DVC calls the outputs of the others missing: `apply` does all the same, `pull` is told."""
+    with workspace(str(project)) as place:
+        ref = begin(place, "part")
+    run_in(project, ref, "prepare")
+
+    def dvc(*arguments):
+        command = [sys.executable, "-m", "dvc", *arguments]
+        done = subprocess.run(command, cwd=project, check=False, capture_output=True, text=True)
+        return done.returncode
+
+    assert dvc("exp", "apply", "part") != 0
+    assert "corpus.txt" in (project / "dvc.lock").read_text()
+    (project / "corpus.txt").unlink(missing_ok=True)
+    assert dvc("pull") != 0
+    (project / "corpus.txt").unlink(missing_ok=True)
+    assert dvc("pull", "prepare") == 0
+    assert (project / "corpus.txt").exists()
+
+
 def test_another_machine_computes_nothing_again(project, tmp_path, monkeypatch):
     """Also where a stage has metrics, which git keeps and `dvc push` alone leaves behind."""
     with workspace(str(project)) as place:
@@ -160,6 +196,33 @@ def test_another_machine_computes_nothing_again(project, tmp_path, monkeypatch):
     assert git(project, "show", f"{refs[0]}:pretrain.json") == git(
         project, "show", f"{refs[1]}:pretrain.json"
     )
+
+
+def test_what_the_lock_names_and_no_place_holds_is_made_again(project, tmp_path, monkeypatch):
+    """As where a user computed, and committed dvc.lock without a push."""
+    make = "mkdir corpus && echo 1 > corpus/a && echo 2 > corpus/b"
+    (project / "dvc.yaml").write_text(
+        f"stages: {{prepare: {{cmd: '{make}', params: [prepare.seed], outs: [corpus]}},"
+        " pretrain: {cmd: cp corpus/a base.txt, deps: [corpus], outs: [base.txt]}}\n"
+    )
+    (project / ".gitignore").write_text("/*.txt\n/corpus\n")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=project, check=True)
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "computed")
+    with workspace(str(project)) as place:
+        refs = [begin(place, name) for name in ("elsewhere", "here")]
+    monkeypatch.setenv("DRAWPLATE_CACHE", str(tmp_path / "another-machine"))
+    # A folder of which only the listing is left is lost too.
+    listing = next((project / ".dvc/cache/files/md5").glob("*/*.dir"))
+    copy = tmp_path / "another-machine/files/md5" / listing.parent.name / listing.name
+    copy.parent.mkdir(parents=True)
+    shutil.copy(listing, copy)
+    assert run_in(project, refs[0], "prepare") == "ran"
+    # What only this machine has is sent, not computed.
+    monkeypatch.delenv("DRAWPLATE_CACHE")
+    assert run_in(project, refs[1], "pretrain") == "unchanged"
+    with workspace(str(project), refs[1]) as place:
+        assert place.lacking("pretrain") == place.lacking("prepare") == ([], [])
 
 
 def test_many_stages_that_end_at_once_all_arrive(project):
@@ -218,6 +281,38 @@ def test_the_key_of_a_stage_is_that_of_its_inputs(project):
     assert key() != key(("dvc.yaml", "python work.py prepare", "python  work.py prepare"))
     with pytest.raises(KeyError), workspace(str(project)) as place:
         inputs(place.root, "nothing")
+
+
+def test_a_text_in_dvcs_care_reaches_the_stage_that_reads_its_folder(project):
+    def notes(text):
+        (project / "texts/notes.txt").write_text(text)
+        dvc = [sys.executable, "-m", "dvc"]
+        for command in (["add", "texts/notes.txt"], ["push"]):
+            subprocess.run([*dvc, *command], cwd=project, check=True, capture_output=True)
+        git(project, "add", "texts", "dvc.yaml")
+        git(project, "commit", "-qm", text)
+        with workspace(str(project)) as place:
+            assert not (place.root / "texts/notes.txt").exists()
+            read = inputs(place.root, "prepare")
+            assert read.added == ("texts/notes.txt",)
+            return begin(place, text), read.key
+
+    (project / "texts").mkdir()
+    described = (project / "dvc.yaml").read_text()
+    described = described.replace("work.py prepare\n", "work.py prepare texts/notes.txt\n")
+    described = described.replace(
+        "[work.py]\n    params: [prepare", "[work.py, texts]\n    params: [prepare"
+    )
+    (project / "dvc.yaml").write_text(described)
+    keys = set()
+    for text in ("first", "second"):
+        ref, key = notes(text)
+        keys.add(key)
+        run_in(project, ref, "prepare")
+        with workspace(str(project), ref) as place:
+            place.bring(["corpus.txt"])
+            assert f"'{text}'" in (place.root / "corpus.txt").read_text()
+    assert len(keys) == 2
 
 
 def test_a_stage_with_new_inputs_runs_although_their_data_is_not_there(project):

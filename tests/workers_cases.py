@@ -10,7 +10,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.graph import inputs
+from flows.guard import pages
+from flows.handover import entries, hand_on
 from flows.services import SERVE, SERVER
+from flows.stage import StageRequest, bring_up_to_date
+from flows.workspace import workspace
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,7 +130,7 @@ def make_project(folder, remote=True):
     params = (ROOT / "params.yaml").read_text()
     for old, new in (
         ("steps: 2200", "steps: 3"),
-        ("\n  steps: 76\n", "\n  steps: 3\n  seed: 0\n"),
+        ("\n  steps: 84\n", "\n  steps: 3\n  seed: 0\n"),
     ):
         assert params.count(old) == 1
         params = params.replace(old, new)
@@ -133,6 +138,16 @@ def make_project(folder, remote=True):
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", "first")
     return folder
+
+
+def run_in(project, ref, *stages):
+    """What a worker does, without Prefect."""
+    for stage in stages:
+        with workspace(str(project), ref) as place:
+            request = StageRequest(stage=stage, ref=ref)
+            status = bring_up_to_date(place, request, inputs(place.root, stage), print)
+            hand_on(place, ref, stage, entries(place)[stage])
+    return status
 
 
 def free_port():
@@ -172,6 +187,7 @@ class Farm:
             "PREFECT_API_AUTH_STRING": "drawplate:test",
             "PREFECT_SERVER_API_AUTH_STRING": "drawplate:test",
             **SERVER,
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": pages(self.port),
             "PREFECT_UI_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS": "2",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
@@ -215,20 +231,21 @@ class Farm:
         except (URLError, TimeoutError, ConnectionError) as error:
             return getattr(error, "code", None) is not None
 
-    def deploy(self, slots=2):
+    def deploy(self, slots=2, checkout=ROOT):
         done = subprocess.run(
             [sys.executable, "-m", "flows.services", "deploy", "--slots", str(slots)],
-            cwd=ROOT,
-            env=self.environment,
+            cwd=checkout,
+            env={**self.environment, "PYTHONPATH": f"{checkout}:{checkout / 'src'}"},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
-    def worker(self, name, pool, **more):
+    def worker(self, name, pool, gpu=0, **more):
         """A worker with a DVC cache of its own, as on another machine."""
         command = [sys.executable, "-m", "flows.services", "worker", pool, "--name", name]
+        command += ["--gpu", str(gpu)]
         more = {"DRAWPLATE_CACHE": str(self.folder / f"cache-{name}"), **more}
         self.start(name, *command, **more)
 
@@ -269,10 +286,11 @@ class Farm:
             yield client
 
     def ask(self, deployment="pipeline/on-demand", **request):
-        """Asks for a run and returns its id."""
+        """Asks for a run and returns its id; rehearsed first only where the request says so."""
+        request = {"preflight": False, **request}
         with self.client() as client:
             found = client.read_deployment_by_name(deployment)
-            parameters = {"request": request} if request else {}
+            parameters = {"request": request}
             return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
 
     def branch(self, name, **seeds):

@@ -20,6 +20,10 @@ Metrics = Mapping[str, Mapping[str, float]]
 DEFAULT = ("evaluate:tuned.pass_at_1:max", "evaluate:tuned.stored_bytes:min")
 
 
+GOAL = r"\s*(?:([^:\s]+):)?([^:\s]+):(max|min)\s*"
+BOUND = r"\s*(?:([^:\s<>]+):)?([^:\s<>=]+)\s*(<=|>=)\s*(\S+)\s*"
+
+
 class Goal(NamedTuple):
     """A metric that should be large or small."""
 
@@ -53,7 +57,7 @@ def goal(text: str) -> Goal:
     Raises:
         UserError: the text has another form.
     """
-    found = re.fullmatch(r"(?:([^:\s]+):)?([^:\s]+):(max|min)", text.strip())
+    found = re.fullmatch(GOAL, text)
     if found is None:
         raise UserError(f"--goal {text}: expected [file:]key:max or :min, such as {DEFAULT[0]}")
     return Goal(found[1], found[2], found[3])  # type: ignore[arg-type]
@@ -65,7 +69,7 @@ def bound(text: str) -> Bound:
     Raises:
         UserError: the text has another form.
     """
-    found = re.fullmatch(r"(?:([^:\s<>]+):)?([^:\s<>=]+)\s*(<=|>=)\s*(\S+)", text.strip())
+    found = re.fullmatch(BOUND, text)
     try:
         limit = float(found[4]) if found else math.nan
     except ValueError:

@@ -90,13 +90,11 @@ def steps(root: Path, targets: Sequence[str]) -> list[Step]:
     Raises:
         UserError: a target is no stage.
     """
-    from flows.graph import nodes
+    from flows.graph import nodes, refuse_unknown
 
     order = nodes(root)
     known = {node.name: node for node in order}
-    for target in targets:
-        if target not in known:
-            raise UserError(f"no stage {target!r}; there are: {', '.join(known)}")
+    refuse_unknown(targets, known)
     quiet_environment()
     from dvc.repo import Repo
 

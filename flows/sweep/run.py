@@ -11,18 +11,19 @@ import time
 from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 
 from drawplate import settings
 from drawplate.core.errors import UserError
 from drawplate.core.method import Frozen
 from flows.graph import new_execution
 from flows.local import change_params
+from flows.request import StageName, assignments, choices, known
 from flows.sweep import engines, show, space, trial
 from flows.sweep.board import Board
-from flows.sweep.goals import DEFAULT, Bound, Goal, bound, goal
+from flows.sweep.goals import BOUND, DEFAULT, GOAL, Bound, Goal, bound, goal
 from flows.sweep.plan import (
     Outcome,
     Spec,
@@ -38,31 +39,42 @@ from flows.sweep.show import Row
 from flows.workspace import git
 from stages.check import check
 
+Assignment = Annotated[str, WithJsonSchema(assignments(several=True))]
+GoalText = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{GOAL}$"})]
+BoundText = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{BOUND}$"})]
+
 
 class Sweep(Frozen):
     """What to vary, what to look for, and how to run it."""
 
-    parameters: tuple[str, ...] = Field(min_length=1)
-    """Such as `compress.ratio=0.2,0.4`, `quantize.bits=2..4` or `finetune.kl=1e-4..1e-2:log`."""
-    targets: tuple[str, ...] = ()
+    parameters: tuple[Assignment, ...] = Field(
+        min_length=1,
+        description="Such as `compress.ratio=0.2,0.4`, `quantize.bits=2..4` or "
+        f"`finetune.optimizer.rest.rate=1e-4..1e-2:log`. {choices()}",
+    )
+    targets: tuple[StageName, ...] = ()
     """Stages to stop at, with all before them; the whole pipeline where empty."""
     study: int | None = Field(default=None, ge=1)
     """Number of trials of a search; null: a grid, every combination."""
     seed: int = 0
     """Of the search."""
-    goals: tuple[str, ...] = DEFAULT
+    goals: tuple[GoalText, ...] = DEFAULT
     """`[file:]metric:max` or `:min`, the file being one of metrics/ without its ending."""
-    keep: tuple[str, ...] = ()
+    keep: tuple[BoundText, ...] = ()
     """`[file:]metric<=number` or `>=`: what a trial on the front must satisfy."""
     jobs: int = Field(default=1, ge=1)
     """Trials side by side."""
     engine: engines.Name = "processes"
     """Local processes, Prefect's task runner for Dask, or workers that have been deployed to."""
 
+    preflight: bool = True
+    """Whether workers rehearse the parameters as committed before the first trial, and refuse the
+    sweep where they will not fit; false goes ahead without."""
+
     @field_validator("parameters", "goals", "keep")
     @classmethod
     def _readable(cls, texts: tuple[str, ...], field: Any) -> tuple[str, ...]:
-        read = {"parameters": space.axis, "goals": goal, "keep": bound}[field.field_name]
+        read = {"parameters": _axis, "goals": goal, "keep": bound}[field.field_name]
         for text in texts:
             try:
                 read(text)
@@ -74,6 +86,11 @@ class Sweep(Frozen):
     @classmethod
     def _some(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
         return texts or DEFAULT
+
+
+def _axis(text: str) -> None:
+    axis = space.axis(text)
+    known(axis.key, axis.values if isinstance(axis, space.Choices) else ())
 
 
 @dataclass
@@ -106,7 +123,7 @@ def run(request: Sweep, root: Path) -> Result:
         os.environ.update(environment(root))  # before Prefect reads it
         from flows.sweep.workers import Workers
 
-        with Workers(root) as workers:
+        with Workers(root, request.preflight) as workers:
             return drive(request, root, workers)
     from flows.sweep.flow import on_runner
 
@@ -152,7 +169,8 @@ class _Drive:
         for changes in everything:
             self._check(changes)
         self.apart = apart(axes, self.search)
-        identity = json.dumps([self.revision, request.model_dump(exclude={"jobs", "engine"})])
+        how = {"jobs", "engine", "preflight"}  # none of these changes a result
+        identity = json.dumps([self.revision, request.model_dump(exclude=how)])
         self.id = f"sweep-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
         self.session = new_execution()
         self.known = trial.recorded(root, self.revision)

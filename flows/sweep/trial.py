@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.graph import Repro, repro
-from flows.handover import ref_of
+from flows.graph import reason, repro
+from flows.handover import AUTHOR, ref_of
 from flows.sweep.plan import Outcome, Spec
 from flows.workspace import Workspace, git, workspace
 from stages.journal import flat
@@ -43,7 +43,7 @@ def run(spec: Spec) -> Outcome:
         done = repro(place.root, names, environment={"DRAWPLATE_EXECUTION": execution}, line=say)
         statuses.update({k: v for k, v in done.statuses.items() if k not in statuses})
         if done.code != 0:
-            raise Failed(last_words(done))
+            raise Failed(reason(done.tail).removeprefix("drawplate: "))
 
     def say(text: str) -> None:
         print(f"[{spec.name}] {text}", flush=True)
@@ -74,13 +74,6 @@ def run(spec: Spec) -> Outcome:
 def execution_of(revision: str, name: str) -> str:
     """What the MLflow runs of a trial are found by."""
     return f"{revision[:8]}-{name}"
-
-
-def last_words(done: Repro) -> str:
-    """The line of a failed `dvc repro` that says most: a stage's own error, else the last one."""
-    lines = [line for line in done.tail.splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("drawplate:")]
-    return (own or lines or ["no output"])[-1].removeprefix("drawplate: ")
 
 
 @contextmanager
@@ -136,7 +129,8 @@ def record(place: Workspace, spec: Spec) -> None:
     """Saves the workspace as an experiment and hands it to the project, data staying in cache."""
     named = ["-n", spec.name, "-m", f"{DONE} {spec.name}"]
     kept = [part for name in spec.metrics for part in ("-I", name)]
-    place.dvc("exp", "save", "--quiet", "--force", *named, *kept, *spec.targets)
+    saved = ("exp", "save", "--force", *named, *kept, *spec.targets)
+    place.dvc(*saved, environment=AUTHOR)
     ref = ref_of(spec.revision, spec.name)
     place.git("push", "--quiet", "--no-verify", "--force", "origin", f"{ref}:{ref}")
 

@@ -20,12 +20,16 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from drawplate.core.errors import UserError
-from flows.dispatch import cancel
-from flows.handover import ref_of, retitle
+from flows.ahead import first
+from flows.dispatch import Dispatch, cancel
+from flows.graph import nodes
+from flows.handover import begin, ref_of, retitle
+from flows.pipeline import wanted
 from flows.slots import patient
+from flows.stage import StageFailed
 from flows.sweep import trial
 from flows.sweep.plan import Outcome, Spec
-from flows.workspace import git, source
+from flows.workspace import git, source, workspace
 from stages.tracking import told
 
 DEPLOYMENT = "pipeline/on-demand"
@@ -40,8 +44,8 @@ class Workers:
         UserError: there is no server, or nothing was deployed to it.
     """
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, rehearse: bool = True):
+        self.root, self.rehearse = root, rehearse
         self.runs: dict[str, UUID] = {}
 
     def __enter__(self) -> Self:
@@ -69,13 +73,17 @@ class Workers:
         self.context.__exit__(kind, error, trace)
 
     def start(self, spec: Spec) -> Spec:
-        """Asks for the trial's run."""
+        """Asks for the trial's run; before the first, for a forecast."""
+        if self.rehearse:
+            self._rehearse(spec)
+            self.rehearse = False
         spec.folder.mkdir(parents=True, exist_ok=True)
         request = {
             "revision": spec.revision,
             "targets": list(spec.targets),
             "overrides": [f"{key}={text}" for key, text in spec.changes.items()],
             "name": spec.name,
+            "preflight": False,
         }
         ask = partial(
             run_deployment,
@@ -88,6 +96,24 @@ class Workers:
         assert isinstance(made, FlowRun)
         self.runs[spec.name] = made.id
         return spec
+
+    def _rehearse(self, spec: Spec) -> None:
+        """Forecasts the revision as it is, on the workers.
+
+        Raises:
+            UserError: it will not fit.
+        """
+        with workspace(source(), spec.revision) as place:
+            order = wanted(nodes(place.root), list(spec.targets) or None)
+            ref = begin(place, f"preflight-{spec.session}")
+            dispatch = Dispatch(self.client, spec.session, ref, first(order)[:1], print)
+            try:
+                dispatch.finish()
+            except StageFailed as error:
+                raise UserError(f"{error}; --no-preflight goes ahead without") from None
+            finally:
+                dispatch.cancel()
+                place.git("push", "--quiet", "origin", f":{ref}")
 
     def ended(self, handle: Spec) -> str | None:
         """The final state of the trial's run."""

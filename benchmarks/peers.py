@@ -6,13 +6,13 @@ Every contender is a process of its own that stays alive, a peer in an environme
 on demand in `benchmarks/.environments`, from the pins in `peers/contenders.py`). All start from the
 same weights and read the same random tokens. They take turns within each round, hence share
 whatever else the machine does; a ratio is the median over rounds of the ratio within a round, after
-a round that warms up and compiles. Processor seconds are summed over threads. Writes
+a round that warms up and compiles. Lines called "products" are the matrix products alone, the bound
+on what can be reached here. Processor seconds are summed over threads. Writes
 `benchmarks/results/peers_<what>.json` and the table that it prints beside it.
 """
 
 import argparse
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -25,10 +25,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "peers"))
 
 from contenders import SETTINGS, contenders  # noqa: E402
-from default_run import processor  # noqa: E402
 from process import Worker  # noqa: E402
 from shared import layer_errors, linear_layers, save_start  # noqa: E402
 from table import check, ratios, shown  # noqa: E402
+
+from flows.bench.machine import machine  # noqa: E402
 
 
 def compete(workers: list[Worker], rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -83,17 +84,17 @@ def main() -> None:
             answers = compete(workers, given.rounds)
             errors = {}
             if given.what == "calibrate":
-                files = {worker.contender.name: worker.weights for worker in workers}
+                files = {w.contender.name: w.weights for w in workers if w.weights.exists()}
                 errors = layer_errors(model, settings, files)
         finally:
             for worker in all_workers:
                 worker.close()
-    check(given.what, settings, answers)
+    check(settings, answers)
     kept = [each for each in chosen if each.name in answers]
     record = {
         "what": given.what,
         "settings": settings,
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "machine": machine()["machine"],
         "versions": found,
         "rounds": answers,
         "ratios": ratios(answers, kept),

@@ -89,6 +89,21 @@ def contenders(what: str) -> list[Contender]:
     return {"train": train, "grpo": grpo, "calibrate": calibrate, "evaluate": evaluate}[what]()
 
 
+def products(
+    dtype: str,
+    work: list[tuple[int, int, int, int]] | str,
+    moments: bool = False,
+    group: str = "",
+) -> Contender:
+    """The bare products of `work`: rows at once, tokens, those that the head sees, how often.
+
+    A weight multiplies once in a forward pass and three times with both of its gradients. `moments`
+    are the sums of x x^T over the inputs of layers.
+    """
+    given = {"dtype": dtype, "work": work, "moments": moments}
+    return Contender(f"{group} products {dtype}".strip(), None, "products", given, group)
+
+
 def train() -> list[Contender]:
     """Trainer, litgpt's loop, ours."""
 
@@ -104,6 +119,7 @@ def train() -> list[Contender]:
         given = {"precision": precision, "compile": compiled}
         return Contender(f"drawplate {name}", None, "train_drawplate", given)
 
+    steps = SETTINGS["train"]["steps"]
     return [
         trainer("fp32", False, False),
         trainer("bf16", True, False),
@@ -112,6 +128,7 @@ def train() -> list[Contender]:
         litgpt("bf16 compiled", True),
         ours("bf16", "bf16", False),
         ours("bf16 compiled", "bf16", True),
+        products("bfloat16", [(4096, steps * 4096, steps * 4096, 3)]),
     ]
 
 
@@ -121,6 +138,9 @@ def grpo() -> list[Contender]:
     for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
         found.append(Contender(f"TRL {name}", "trl", "grpo_trl", {"dtype": dtype}))
         found.append(Contender(f"drawplate {name}", None, "grpo_drawplate", {"dtype": dtype}))
+        read, drawn, learnt = 8 * 31, 64 * 64, 64 * 95
+        work = [(read, read, 0, 1), (64, drawn, drawn, 1), (learnt, learnt, drawn, 3)]
+        found.append(products(dtype, work))
     return found
 
 
@@ -136,15 +156,22 @@ def calibrate() -> list[Contender]:
         given = {"method": method}
         return Contender(f"drawplate {method}", None, "calibrate_drawplate", given, group)
 
+    def bare(method: str, moments: bool) -> Contender:
+        """Every block multiplies twice: as it was, and as it has become."""
+        return products("float32", [(8 * 256, 64 * 256, 0, 2)], moments, method)
+
     return [
         theirs("wanda"),
         ours("wanda", "wanda"),
+        bare("wanda", False),
         theirs("sparsegpt"),
         ours("sparsegpt", "sparsegpt"),
         ours("refit", "sparsegpt"),
+        bare("sparsegpt", True),
         theirs("gptq"),
         Contender("GPTQModel gptq", "gptqmodel", "calibrate_gptqmodel", {}, "gptq"),
         ours("gptq", "gptq"),
+        bare("gptq", True),
     ]
 
 
@@ -156,4 +183,6 @@ def evaluate() -> list[Contender]:
         Contender("loop, sorted, by 16", "huggingface", loop, {"batch": 16}),
         Contender("drawplate fp32", None, own, {"precision": "float32"}),
         Contender("drawplate bf16", None, own, {"precision": "bf16"}),
+        products("float32", "documents"),
+        products("bfloat16", "documents"),
     ]

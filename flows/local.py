@@ -105,7 +105,7 @@ _ADVICE = re.compile(r"^If there are no processes with such PIDs, you can manual
 def _line(text: str) -> None:
     """Prints a line of `dvc repro`, but not how it words what `_failed` says."""
     if not any(pattern.match(text) for pattern in (_STOPPED, _BUSY, _HOLDER, _ADVICE)):
-        print(text)
+        print(text, flush=True)
 
 
 def _failed(root: Path, tail: str) -> int:

@@ -462,14 +462,25 @@ def _only_one(lock: Path, out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             raise Exhausted(
-                f"{out} is being made by process {file.read().strip()}; wait for it or stop it"
+                f"{out} is being made by process {_holder(lock)}; wait for it or stop it"
             ) from None
         with naming(lock):
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), str(os.getpid()).encode())
-        yield
+        try:
+            yield
+        finally:
+            os.ftruncate(file.fileno(), 0)
+
+
+def _holder(lock: Path) -> str:
+    """The process that a lock names; who has only just taken it writes that a moment later."""
+    for _ in range(20):
+        if number := lock.read_text().strip():
+            return number
+        time.sleep(0.05)
+    return "(unknown)"
 
 
 def _clear(work: Path) -> None:
@@ -480,11 +491,19 @@ def _clear(work: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """A stage whose `dvc` is gone, or a process whose torchrun is, must not go on writing."""
-    started = os.environ.get("DVC_STAGE") or os.environ.get("TORCHELASTIC_RUN_ID")
-    if started and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    """A stage whose `dvc` is gone, or a process whose torchrun is, must not go on writing.
+
+    Raises:
+        KeyboardInterrupt: `dvc` was gone before this was asked for. It shares our process group,
+            whoever adopts what it left behind does not.
+    """
+    spawned = "TORCHELASTIC_RUN_ID" in os.environ
+    if sys.platform != "linux" or not (spawned or "DVC_STAGE" in os.environ):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if not spawned and os.getpgid(os.getppid()) != os.getpgrp():
+        raise KeyboardInterrupt
 
 
 def prepare_process() -> None:

@@ -1,11 +1,13 @@
 """What every stage shares, on a small stage of the test's own."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -230,6 +232,37 @@ def test_a_folder_below_a_file_is_one_line(tmp_path, source, capsys):
     assert guarded(lambda: stage(Knobs(), Inputs(source=source), out, execution=quiet)) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(rf"drawplate: {tmp_path}/file.*: not a directory; .*\n", said)
+
+
+def test_of_eight_that_begin_at_once_one_makes_it_and_the_others_learn_who(tmp_path, source):
+    fork = multiprocessing.get_context("fork")
+    gate, out = fork.Barrier(8), tmp_path / "out"
+
+    def slow(params, inputs, run):
+        """Until all others have been refused."""
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("refused-*"))) < 7 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return body(params, inputs, run)
+
+    def attempt():
+        gate.wait()
+        try:
+            replace(stage, body=slow)(Knobs(), Inputs(source=source), out, execution=quiet)
+            (tmp_path / f"made-{os.getpid()}").touch()
+        except Exhausted as error:
+            (tmp_path / f"refused-{os.getpid()}").write_text(str(error))
+
+    attempts = [fork.Process(target=attempt) for _ in range(8)]
+    for process in attempts:
+        process.start()
+    for process in attempts:
+        process.join(120)
+    (winner,) = tmp_path.glob("made-*")
+    number = winner.name.removeprefix("made-")
+    told = {file.read_text() for file in tmp_path.glob("refused-*")}
+    assert told == {f"{out} is being made by process {number}; wait for it or stop it"}
+    verify(out)
 
 
 SLOW = """

@@ -1,0 +1,177 @@
+"""DVC killed at any moment: nobody goes on behind its back, and plain calls put all of it right."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.run import names
+
+TOY = """
+import sys, time
+from pathlib import Path
+from drawplate.core.method import Frozen
+from stages.run import Stage, main
+
+class Knobs(Frozen):
+    word: str
+
+class Inputs(Frozen):
+    source: tuple[Path, ...] = ()
+
+class Report(Frozen):
+    files: int
+
+def body(params, inputs, run):
+    before = "".join((folder / "0").read_text()[:9] for folder in inputs.source)
+    for number in range(40):
+        (run.folder / str(number)).write_text(f"{before}{params.word}{number}" * 100)
+        time.sleep(0.01)
+    return Report(files=40)
+
+main(Stage(sys.argv.pop(1), Knobs, Inputs, body, "model"), "A stage of the test.")
+"""
+DVC = [sys.executable, "-m", "dvc"]
+ROOT = Path(__file__).parents[1]
+
+
+def make(folder):
+    """Six stages in a row, and a remote beside them."""
+    stages, before = {}, None
+    for name in names():
+        source = f"--source out/{before} " if before else ""
+        stages[name] = {
+            "cmd": f"exec python toy.py {name} {source}--out out/{name}",
+            "deps": ["toy.py", *([f"out/{before}"] if before else [])],
+            "params": [f"{name}.word"],
+            "outs": [f"out/{name}"],
+        }
+        before = name
+    folder.mkdir()
+    (folder / "toy.py").write_text(TOY)
+    YAML().dump({"stages": stages}, folder / "dvc.yaml")
+    write_params(folder, "none")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    dvc(folder, "init", "-q")
+    dvc(folder, "config", "core.analytics", "false")
+    dvc(folder, "remote", "add", "-q", "-d", "store", str(folder.with_suffix(".remote")))
+    return folder
+
+
+def write_params(folder, word):
+    sections = {name: {"word": word} for name in names()}
+    YAML().dump(sections | {"execution": {"tracking": False}}, folder / "params.yaml")
+
+
+def environment():
+    """As cron and containers have it: no SHELL, so that DVC takes what /bin/sh is."""
+    given = {key: value for key, value in os.environ.items() if key != "SHELL"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{given['PATH']}"
+    return given | {"PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
+
+
+def dvc(folder, *arguments):
+    done = subprocess.run(
+        [*DVC, *arguments], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{arguments}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def stages_of(folder):
+    """Process ids of stages in the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            here = (process / "cwd").readlink() == folder
+            if here and b"toy.py" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def killed(folder, seconds, *arguments):
+    """Kills `dvc` itself, and only it, after so long; whether it was still at work.
+
+    A stage that works has two seconds to be gone. One that still loads its libraries goes when it
+    would begin to work: it may take longer, and never gets to write.
+    """
+    process = subprocess.Popen(
+        [*DVC, *arguments],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    loading = [number for number in stages_of(folder) if not at_work(folder, number)]
+    for patience, allowed in ((2, loading), (30, [])):
+        deadline = time.monotonic() + patience
+        while set(stages_of(folder)) - set(allowed) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left = set(stages_of(folder)) - set(allowed)
+        assert not left, f"{arguments} after {seconds:.2f} s left {left} for {patience} s"
+        assert not any(at_work(folder, number) for number in loading)
+    return alive
+
+
+def at_work(folder, number):
+    """Whether a process has a lock of an output open."""
+    try:
+        files = [file.readlink() for file in Path(f"/proc/{number}/fd").iterdir()]
+    except OSError:
+        return False
+    return any(file.is_relative_to(folder) and file.suffix == ".lock" for file in files)
+
+
+def outputs(folder):
+    lock = YAML(typ="safe").load(folder / "dvc.lock")
+    return {name: stage["outs"] for name, stage in lock["stages"].items()}
+
+
+@pytest.mark.slow
+def test_dvc_killed_at_random_moments_leaves_nothing_that_plain_calls_do_not_put_right(tmp_path):
+    seed = random.SystemRandom().randrange(1 << 16)
+    chance = random.Random(seed)
+    quiet, project = make(tmp_path / "quiet"), make(tmp_path / "project")
+    write_params(quiet, "last")
+    began = time.monotonic()
+    dvc(quiet, "repro")
+    whole = time.monotonic() - began
+    kills = {"repro": 0, "push": 0, "pull": 0, "gc": 0}
+    for number in range(20):
+        write_params(project, f"word{number // 5}")
+        kills["repro"] += killed(project, chance.uniform(0.2, 0.4 * whole), "repro")
+    write_params(project, "last")
+    dvc(project, "repro")
+    assert outputs(project) == outputs(quiet)
+    for name in ("push", "gc", "pull"):
+        for _ in range(10):
+            if name == "pull":
+                subprocess.run(["rm", "-rf", ".dvc/cache", "out"], cwd=project, check=True)
+            given = ("gc", "-w", "-f") if name == "gc" else (name,)
+            kills[name] += killed(project, chance.uniform(0.2, 2.5), *given)
+        dvc(project, *given)
+    print(f"seed {seed}: killed {kills}, {whole:.1f} s undisturbed")
+    assert min(kills.values()) > 0
+    assert sum(kills.values()) >= 30
+    dvc(project, "push")
+    assert "in sync" in dvc(project, "status", "-c")
+    subprocess.run(["rm", "-rf", ".dvc/cache", "out"], cwd=project, check=True)
+    dvc(project, "pull")
+    assert "up to date" in dvc(project, "status")
+    assert outputs(project) == outputs(quiet)
+    for name in names():
+        for file in (quiet / "out" / name).iterdir():
+            assert (project / "out" / name / file.name).read_bytes() == file.read_bytes()

@@ -65,7 +65,7 @@ def pretrain(home: Path, steps: int, tracking: bool) -> float:
     """Seconds that the stage itself takes, as it records them."""
     shutil.rmtree(home / "trial", ignore_errors=True)
     changes = [f"pretrain.training.steps={steps}", f"execution.tracking={str(tracking).lower()}"]
-    command = [sys.executable, "-m", "stages.pretrain", "--corpus", "data/corpus"]
+    command = [sys.executable, "-m", "stages", "pretrain", "--corpus", "data/corpus"]
     command += ["--out", "trial/model", "--record", "trial/record.json"]
     for change in changes:
         command += ["-S", change]

@@ -57,7 +57,7 @@ COLUMNS = ("runs", "diverged", "spikes", "loss", "spread", "sharp", "sharpest")
 
 def prepared(home: Path) -> Corpus:
     """The docstrings of one package, and sums."""
-    command = [sys.executable, "-m", "stages.prepare", "--out", "corpus"]
+    command = [sys.executable, "-m", "stages", "prepare", "--out", "corpus"]
     command += ["--params", str(ROOT / "params.yaml")]
     for change in (
         "prepare.sources=[{name: docstrings, packages: [numpy]}]",

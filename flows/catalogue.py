@@ -112,10 +112,11 @@ def keys() -> dict[str, list[str]]:
 
     A position in a list is `#`, and a key that anybody may give to a mapping `*`.
     """
-    from stages.run import Execution, names
+    from stages import STAGES
+    from stages.run import Execution
 
     sections: dict[str, Any] = {
-        name: getattr(import_module(f"stages.{name}"), name).params for name in names()
+        name: getattr(import_module(f"stages.{name}"), name).params for name in STAGES
     }
     found: dict[str, list[str]] = {}
     for section, kind in (sections | {"execution": Execution}).items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,19 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from drawplate.core.errors import Damaged, UserError
+from stages import STAGES
 from stages.quiet import guarded, quiet_environment
 
 if TYPE_CHECKING:
     from drawplate.lineage import Step
-
-STAGES = {
-    "prepare": "Text and reasoning problems -> tokens, tokenizer, task sets.",
-    "pretrain": "Corpus -> a decoder trained from scratch, or `adopt: FOLDER`.",
-    "compress": "A model -> fewer stored bytes by factors or sparsity, then recovery.",
-    "quantize": "A model -> packed codes of 2, 3, 4 or 8 bits.",
-    "finetune": "A model -> one that reasons better and shorter, by reinforcement learning.",
-    "evaluate": "Models -> figures, paired verdicts and a report page.",
-}
 
 
 class Commands(click.Group):
@@ -39,9 +30,9 @@ class Commands(click.Group):
         """A command of this module, or a stage's."""
         if name not in STAGES:
             return super().get_command(context, name)
-        from stages.run import command
+        from stages.run import command_of
 
-        return command(getattr(import_module(f"stages.{name}"), name), STAGES[name])
+        return command_of(name)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists commands without importing the stages."""

@@ -204,7 +204,7 @@ class Rehearsal:
 
     def run(self, last: str) -> dict[str, Any]:
         """What each stage up to `last` needs."""
-        from stages.run import names
+        from stages import STAGES
 
         needs: dict[str, Any] = {}
         for player in self.cast.values():
@@ -217,7 +217,7 @@ class Rehearsal:
             "finetune": self.of_finetune,
             "evaluate": self.of_evaluate,
         }
-        for stage in names():
+        for stage in STAGES:
             needs[stage] = steps[stage]()
             if stage == last:
                 break
@@ -573,15 +573,15 @@ def forecast(root: Path, tree: Tree, stages: Sequence[str] = (), limits: Any = N
     from drawplate.forecast import machine
     from drawplate.forecast.stages import refuse
     from flows.graph import refuse_unknown
-    from stages.run import names
+    from stages import STAGES
 
-    refuse_unknown(stages, names())
-    wanted = [name for name in names() if not stages or name in stages]
+    refuse_unknown(stages, STAGES)
+    wanted = [name for name in STAGES if not stages or name in stages]
     state = root / FORECAST.parent
     state.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=state) as temporary:
         folder = Path(temporary)
-        needed = names()[: names().index(wanted[-1]) + 1]
+        needed = list(STAGES)[: list(STAGES).index(wanted[-1]) + 1]
         device = str((tree.get("execution") or {}).get("device", "cpu"))
         free = limits or machine.limits(root, device)
         with players(needed, root, folder) as cast:

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
 from drawplate.core.errors import UserError
-from flows.cli import STAGES
+from stages import STAGES
 
 
 def _presets() -> list[str]:

@@ -10,20 +10,21 @@ from typing import Any
 
 from drawplate import settings
 from drawplate.core.errors import UserError
+from stages import STAGES
 from stages.quiet import guarded
-from stages.run import Execution, names
+from stages.run import Execution
 
 
 def check(tree: Mapping[str, Any]) -> None:
     """Raises `UserError` for the first thing that is wrong in any section."""
-    known = {*names(), "execution"}
+    known = {*STAGES, "execution"}
     for section in tree:
         if section not in known:
             near = settings.nearest(section, known)
             raise UserError(
                 f"{section!r} is no section{near}; there are: {', '.join(sorted(known))}"
             )
-    for name in names():
+    for name in STAGES:
         stage = getattr(import_module(f"stages.{name}"), name)
         settings.validate(stage.params, tree.get(name), name)
     settings.validate(Execution, tree.get("execution"), "execution")

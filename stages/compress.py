@@ -15,7 +15,7 @@ from drawplate.compress.recover import Recover, recover
 from drawplate.core import hf
 from drawplate.core.calibration import Calibration, open_corpus
 from drawplate.core.method import Frozen
-from stages.run import Run, Stage, device_of, main, write_history, write_ledger
+from stages.run import Run, Stage, device_of, write_history, write_ledger
 
 
 class Compress(Family):
@@ -94,6 +94,3 @@ def _handed_on(model: PreTrainedModel, run: Run) -> PreTrainedModel:
 compress = Stage(
     "compress", Compress, Inputs, body, "model", example="-S compress.ratio=0.4", together=True
 )
-
-if __name__ == "__main__":
-    main(compress, "A model -> fewer stored bytes by factors or sparsity, then recovery.")

@@ -19,7 +19,7 @@ from drawplate.evaluate.report import write
 from drawplate.evaluate.results import Evaluate
 from drawplate.evaluate.rival import FILES
 from stages.problems import problems
-from stages.run import Run, Stage, device_of, main
+from stages.run import Run, Stage, device_of
 
 
 class Inputs(Frozen):
@@ -89,6 +89,3 @@ def story(folders: Sequence[Path]) -> Story:
 
 
 evaluate = Stage("evaluate", Evaluate, Inputs, body, "report", example="-S evaluate.problems=50")
-
-if __name__ == "__main__":
-    main(evaluate, "Models -> figures, paired verdicts and a report page.")

@@ -17,7 +17,7 @@ from drawplate.rl.driver import finetune as learn
 from drawplate.rl.params import Finetune
 from stages.problems import problems
 from stages.quiet import keep_kernels
-from stages.run import Run, Stage, device_of, main, write_history
+from stages.run import Run, Stage, device_of, write_history
 
 
 class Inputs(Frozen):
@@ -81,6 +81,3 @@ def body(params: Finetune, inputs: Inputs, run: Run) -> Report:
 finetune = Stage(
     "finetune", Finetune, Inputs, body, "model", example="-S finetune.steps=50", together=True
 )
-
-if __name__ == "__main__":
-    main(finetune, "A model -> one that reasons better and shorter, by reinforcement learning.")

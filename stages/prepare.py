@@ -7,7 +7,7 @@ import json
 from drawplate.core.method import Frozen
 from drawplate.data.prepare import Prepare, PrepareReport
 from drawplate.data.prepare import prepare as make
-from stages.run import Run, Stage, device_of, main
+from stages.run import Run, Stage, device_of
 
 
 class Inputs(Frozen):
@@ -39,6 +39,3 @@ prepare = Stage(
     example="-S 'prepare.sources=[{name: text}]' -S 'prepare.tasks=[{name: chain_sum}]'",
     named=lambda params: params.folders,
 )
-
-if __name__ == "__main__":
-    main(prepare, "Text and reasoning problems -> tokens, tokenizer, task sets.")

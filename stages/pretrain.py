@@ -14,7 +14,7 @@ from drawplate.pretrain import Pretrain
 from drawplate.pretrain.budget import Plan
 from drawplate.pretrain.driver import planned
 from drawplate.pretrain.driver import pretrain as make
-from stages.run import Run, Stage, main, write_history
+from stages.run import Run, Stage, write_history
 
 
 class Inputs(Frozen):
@@ -67,6 +67,3 @@ pretrain = Stage(
     example="-S pretrain.training.steps=500",
     together=True,
 )
-
-if __name__ == "__main__":
-    main(pretrain, "Corpus -> a decoder trained from scratch, or `adopt: FOLDER`.")

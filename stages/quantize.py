@@ -12,7 +12,7 @@ from drawplate.core.calibration import Calibration, open_corpus
 from drawplate.core.method import Frozen
 from drawplate.quantize.driver import Quantize as Codes
 from drawplate.quantize.driver import quantize as pack
-from stages.run import Run, Stage, device_of, main, write_ledger
+from stages.run import Run, Stage, device_of, write_ledger
 
 
 class Quantize(Codes):
@@ -59,6 +59,3 @@ def body(params: Quantize, inputs: Inputs, run: Run) -> Report:
 
 
 quantize = Stage("quantize", Quantize, Inputs, body, "model", example="-S quantize.bits=3")
-
-if __name__ == "__main__":
-    main(quantize, "A model -> packed codes of 2, 3, 4 or 8 bits.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -43,6 +44,32 @@ def interruptible() -> None:
     """SIGINT and SIGTERM raise KeyboardInterrupt, also where a background shell ignored SIGINT."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+
+
+def begin() -> None:
+    """Quiet libraries, one way to be interrupted, no process left behind: before anything loads.
+
+    Raises:
+        KeyboardInterrupt: the `dvc` that started this process is gone.
+    """
+    quiet_environment()
+    interruptible()
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """A stage whose `dvc` is gone, or a process whose torchrun is, must not go on writing.
+
+    Where `dvc` was gone before this was asked for, somebody else is our parent by now. `dvc` shares
+    our process group, whoever adopts what it left behind does not.
+    """
+    spawned = "TORCHELASTIC_RUN_ID" in os.environ
+    if sys.platform != "linux" or not (spawned or "DVC_STAGE" in os.environ):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if not spawned and os.getpgid(os.getppid()) != os.getpgrp():
+        raise KeyboardInterrupt
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

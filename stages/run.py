@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 import click
 from pydantic import Field
@@ -25,8 +24,9 @@ from drawplate.core.method import Frozen
 from drawplate.core.progress import Watch
 from drawplate.data.engine import Engine, Here
 from drawplate.train.distributed import ALONE, World
+from stages import STAGES
 from stages.journal import Facts, Tracker, flat
-from stages.quiet import guarded, interruptible, quiet_environment
+from stages.quiet import begin
 
 STATE = ".drawplate"
 P = TypeVar("P", bound=Frozen)
@@ -490,27 +490,9 @@ def _clear(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _die_with_parent() -> None:
-    """A stage whose `dvc` is gone, or a process whose torchrun is, must not go on writing.
-
-    Raises:
-        KeyboardInterrupt: `dvc` was gone before this was asked for. It shares our process group,
-            whoever adopts what it left behind does not.
-    """
-    spawned = "TORCHELASTIC_RUN_ID" in os.environ
-    if sys.platform != "linux" or not (spawned or "DVC_STAGE" in os.environ):
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if not spawned and os.getpgid(os.getppid()) != os.getpgrp():
-        raise KeyboardInterrupt
-
-
 def prepare_process() -> None:
-    """Quiet libraries, one way to be interrupted, no process left behind."""
-    quiet_environment()
-    interruptible()
-    _die_with_parent()
+    """What `begin` settles, and transformers as quiet as the rest."""
+    begin()
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -536,7 +518,7 @@ def settings_for(
     given += [
         (f"-S {change}", {change.partition("=")[0].partition(".")[0]: 0}) for change in changes
     ]
-    known = {*names(), "execution"}
+    known = {*STAGES, "execution"}
     for section in tree:
         if section not in known:
             near = settings.nearest(section, known)
@@ -585,11 +567,6 @@ def write_ledger(run: Run, ledger: Frozen) -> None:
     text = json.dumps(ledger.model_dump(mode="json"), indent=1, sort_keys=True)
     (run.folder / "ledger.json").write_text(text + "\n", encoding="utf-8")
     run.artifacts.append("ledger.json")
-
-
-def names() -> tuple[str, ...]:
-    """The stages in the order in which a model goes through them."""
-    return ("prepare", "pretrain", "compress", "quantize", "finetune", "evaluate")
 
 
 def command(stage: Stage[Any, Any, Any], doc: str) -> click.Command:
@@ -648,9 +625,6 @@ def command(stage: Stage[Any, Any, Any], doc: str) -> click.Command:
     return click.Command(stage.name, params=[*roles, *common], callback=call, help=doc)
 
 
-def main(stage: Stage[Any, Any, Any], doc: str) -> NoReturn:
-    """`python -m stages.<name>`: reads params.yaml of the current folder unless told otherwise."""
-    arguments = sys.argv[1:]
-    if "--params" not in arguments and "--help" not in arguments:
-        arguments = ["--params", "params.yaml", *arguments]
-    sys.exit(guarded(lambda: command(stage, doc).main(arguments, standalone_mode=False)))
+def command_of(name: str) -> click.Command:
+    """The command line of one of `STAGES`, whose module is imported."""
+    return command(getattr(import_module(f"stages.{name}"), name), STAGES[name])

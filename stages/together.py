@@ -78,9 +78,8 @@ def launch(
         Exhausted: processes were lost more often than `execution.restarts`.
         KeyboardInterrupt: a signal came; all processes have saved and left.
     """
-    module = stage.body.__module__
     order = Order(
-        module=f"stages.{stage.name}" if module == "__main__" else module,
+        module=stage.body.__module__,
         stage=stage.name,
         params=params.model_dump(mode="json"),
         inputs=inputs.model_dump(mode="json"),

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages.run import names
+from stages import STAGES
 
 TOY = """
 import sys, time
+from stages.quiet import begin, guarded
+
+begin()
 from pathlib import Path
 from drawplate.core.method import Frozen
-from stages.run import Stage, main
+from stages.run import Stage, command
 
 class Knobs(Frozen):
     word: str
@@ -35,7 +38,9 @@ def body(params, inputs, run):
         time.sleep(0.01)
     return Report(files=40)
 
-main(Stage(sys.argv.pop(1), Knobs, Inputs, body, "model"), "A stage of the test.")
+stage = Stage(sys.argv.pop(1), Knobs, Inputs, body, "model")
+given = ["--params", "params.yaml", *sys.argv[1:]]
+sys.exit(guarded(lambda: command(stage, "A stage.").main(given, standalone_mode=False)))
 """
 DVC = [sys.executable, "-m", "dvc"]
 ROOT = Path(__file__).parents[1]
@@ -44,7 +49,7 @@ ROOT = Path(__file__).parents[1]
 def make(folder):
     """Six stages in a row, and a remote beside them."""
     stages, before = {}, None
-    for name in names():
+    for name in STAGES:
         source = f"--source out/{before} " if before else ""
         stages[name] = {
             "cmd": f"exec python toy.py {name} {source}--out out/{name}",
@@ -65,7 +70,7 @@ def make(folder):
 
 
 def write_params(folder, word):
-    sections = {name: {"word": word} for name in names()}
+    sections = {name: {"word": word} for name in STAGES}
     YAML().dump(sections | {"execution": {"tracking": False}}, folder / "params.yaml")
 
 
@@ -172,6 +177,6 @@ def test_dvc_killed_at_random_moments_leaves_nothing_that_plain_calls_do_not_put
     dvc(project, "pull")
     assert "up to date" in dvc(project, "status")
     assert outputs(project) == outputs(quiet)
-    for name in names():
+    for name in STAGES:
         for file in (quiet / "out" / name).iterdir():
             assert (project / "out" / name / file.name).read_bytes() == file.read_bytes()

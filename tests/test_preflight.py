@@ -185,12 +185,13 @@ def test_all_stages_are_rehearsed_and_the_disk_is_forecast_closely(project, monk
     """The whole chain, refused where the disk is small, then run and compared."""
     from importlib import import_module
 
-    from stages.run import names, settings_for
+    from stages import STAGES
+    from stages.run import settings_for
 
     tree = read(project / "params.yaml")
     monkeypatch.chdir(project)
     needs = forecast(project, tree, (), ENOUGH)
-    assert list(needs) == list(names())
+    assert list(needs) == list(STAGES)
     outs = {
         "prepare": ("corpus", {}),
         "pretrain": ("base", {"corpus": "corpus"}),

@@ -20,8 +20,9 @@ from drawplate import lineage
 from drawplate.core.artifact import publish, verify
 from drawplate.core.errors import Exhausted, UserError
 from drawplate.core.method import Frozen
+from stages import STAGES
 from stages.quiet import guarded
-from stages.run import Execution, Run, Stage, names
+from stages.run import Execution, Run, Stage
 from tests import faults
 
 
@@ -105,7 +106,7 @@ def test_a_damaged_input_is_refused_before_any_work(tmp_path, source):
 
 def all_inputs():
     """Every input of every stage: its role, or the key of the parameter that names it."""
-    for name in names():
+    for name in STAGES:
         made = getattr(import_module(f"stages.{name}"), name)
         yield from ((made, role, {}) for role in made.inputs.model_fields)
     synthetic = {"name": "self_lengthen", "model": "read"}
@@ -274,6 +275,7 @@ def body(params, inputs, run):
     print("working", flush=True)
     time.sleep(60)
 stage = test_stage.Stage("toy", test_stage.Knobs, test_stage.Inputs, body, "model")
+from stages import STAGES
 from stages.quiet import guarded
 from stages.run import prepare_process
 prepare_process()

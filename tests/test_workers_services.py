@@ -255,10 +255,10 @@ def test_without_the_password_nobody_gets_anything(tmp_path):
 
 def test_the_form_knows_every_stage_and_preset():
     from drawplate.settings import presets
-    from stages.run import names
+    from stages import STAGES
 
     schema = form.Request.model_json_schema()["properties"]
-    assert schema["targets"]["items"]["enum"] == list(names())
+    assert schema["targets"]["items"]["enum"] == list(STAGES)
     assert schema["presets"]["items"]["enum"] == sorted(presets())
 
 

@@ -12,6 +12,7 @@ from drawplate.core.batches import Batch
 from drawplate.train.attention import attention_for
 from drawplate.train.language import NextToken
 from drawplate.train.loop import Training, train
+from drawplate.train.precision import choose
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     model.train()
     with tempfile.TemporaryDirectory(dir=settings.folder) as work:
         turns.wait()
-        with attention_for(model, settings.length):
+        with attention_for(model, settings.length, choose(settings.precision, model.device)):
             train(model, NextToken(batch, {"tokens": "random"}), training, Path(work), watch)
 
 

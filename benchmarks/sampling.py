@@ -5,8 +5,9 @@
 Every prompt is continued by exactly `--new` tokens, sampled at temperature 1 without filters, so
 both sides do the same work. The contenders take turns within each round, hence share whatever else
 the machine does; a ratio is the median over rounds of the ratio within a round. Processor seconds
-are summed over threads. "bf16" is a model cast to bfloat16 on their side, `precision` on ours.
-Writes `benchmarks/results/sampling.json` and, beside it, the tables that it prints.
+are summed over threads. "bf16" is a model cast to bfloat16 on their side, `precision` on ours;
+"products" are the bare matrix products, the bound of all. Writes `benchmarks/results/sampling.json`
+and, beside it, the tables that it prints.
 """
 
 import argparse
@@ -70,6 +71,9 @@ def main() -> None:
             "generate bf16": partial(their, half),
             "drawplate fp32": partial(our, None),
             "drawplate bf16": partial(our, torch.bfloat16),
+            "products bf16": partial(
+                products, half, batch, given.prompt, given.new, min(batch, given.batch_size)
+            ),
         }
         seconds = measured(contenders, given.rounds)
         record["seconds"] |= {batch: seconds}
@@ -102,6 +106,23 @@ def ours(
 ) -> None:
     drawn = sample(model, prompts, max_new=new, end=-1, batch_size=batch_size, precision=precision)
     assert [len(answer) for answer in drawn.tokens] == [new] * len(prompts)
+
+
+@torch.no_grad()
+def products(
+    model: transformers.PreTrainedModel, rows: int, prompt: int, new: int, at_once: int
+) -> None:
+    """The bare matrix products of the same work, which bound what can be reached."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    blocks = [layer for layer in layers if layer is not model.get_output_embeddings()]
+    for part, count, times in (
+        (blocks, rows * (prompt - 1), 1),
+        (layers, at_once, new * rows // at_once),
+    ):
+        inputs = {each: torch.ones(count, each.in_features, dtype=model.dtype) for each in part}
+        for _ in range(times):
+            for layer, x in inputs.items():
+                layer(x)
 
 
 def measured(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:

@@ -95,7 +95,7 @@ def products(
     moments: bool = False,
     group: str = "",
 ) -> Contender:
-    """The bare products of `work`: rows at once, tokens, those that the head sees, how often.
+    """The bare products of a step: rows at once, tokens, those that the head sees, how often.
 
     A weight multiplies once in a forward pass and three times with both of its gradients. `moments`
     are the sums of x x^T over the inputs of layers.
@@ -119,7 +119,6 @@ def train() -> list[Contender]:
         given = {"precision": precision, "compile": compiled}
         return Contender(f"drawplate {name}", None, "train_drawplate", given)
 
-    steps = SETTINGS["train"]["steps"]
     return [
         trainer("fp32", False, False),
         trainer("bf16", True, False),
@@ -128,7 +127,7 @@ def train() -> list[Contender]:
         litgpt("bf16 compiled", True),
         ours("bf16", "bf16", False),
         ours("bf16 compiled", "bf16", True),
-        products("bfloat16", [(4096, steps * 4096, steps * 4096, 3)]),
+        products("bfloat16", [(16 * 256, 16 * 256, 16 * 256, 3)]),
     ]
 
 

@@ -50,7 +50,7 @@ def main() -> None:
 
     while True:
         turns.wait()
-        for rows, tokens, headed, times in work:
+        for rows, tokens, headed, times in work * getattr(settings, "steps", 1):
             multiply(blocks.values(), rows, tokens, times)
             multiply([head], rows, headed, times)
             if settings.moments:

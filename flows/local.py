@@ -46,6 +46,7 @@ def run_pipeline(
     refuse_unknown(stages, settings.read(root / "dvc.yaml").get("stages", {}))
     if changes or presets:
         change_params(root / "params.yaml", changes, presets)
+        _checked(root).write_text(_seen(root))
     else:
         _check_once(root)
     execution = new_execution()
@@ -79,19 +80,29 @@ def _check_once(root: Path) -> None:
 
     That imports all stages, which takes seconds; a run with nothing to do takes less than one.
     """
-    import drawplate
-
-    code = [Path(drawplate.__file__).parent, Path(__file__).parents[1] / "stages"]
-    files = [root / "params.yaml", *(file for folder in code for file in folder.rglob("*.py"))]
-    seen = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
-    checked = root / ".drawplate" / "checked"
+    checked, seen = _checked(root), _seen(root)
     if checked.exists() and checked.read_text() == seen:
         return
     from stages.check import check
 
     check(settings.read(root / "params.yaml"))
-    checked.parent.mkdir(exist_ok=True)
     checked.write_text(seen)
+
+
+def _checked(root: Path) -> Path:
+    """Holds what `_seen` gave when params.yaml was last found right."""
+    file = root / ".drawplate" / "checked"
+    file.parent.mkdir(exist_ok=True)
+    return file
+
+
+def _seen(root: Path) -> str:
+    """Hash of params.yaml and of the code that judges it."""
+    import drawplate
+
+    code = [Path(drawplate.__file__).parent, Path(__file__).parents[1] / "stages"]
+    files = [root / "params.yaml", *(file for folder in code for file in folder.rglob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 _STOPPED = re.compile(

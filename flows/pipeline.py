@@ -209,7 +209,6 @@ def _change(place: Workspace, request: Request) -> None:
     )
     if done.returncode != 0:
         last = (done.stderr.strip() or "no output").splitlines()[-1]
-
         raise UserError(last.removeprefix("drawplate: "))
 
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from drawplate.core.errors import DrawplateError, Exhausted, told
 from drawplate.core.method import Frozen
+from stages.quiet import INTERRUPTED
 from stages.run import STATE, Execution, Stage, prepare_process
 
 P = TypeVar("P", bound=Frozen)
@@ -29,8 +30,6 @@ I = TypeVar("I", bound=Frozen)  # noqa: E741
 R = TypeVar("R", bound=Frozen)
 LOST = 75
 """Exit code of a process whose peers are gone (EX_TEMPFAIL: worth another try)."""
-STOPPED = 130
-"""Exit code of a process that was told to stop, here or on another machine, and has saved."""
 
 
 class Order(Frozen):
@@ -158,7 +157,7 @@ def _attempt(folder: Path, report: Path, execution: Execution, place: Path) -> s
     except ChildFailedError as error:
         _raise_what_they_said(folder)
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if STOPPED in codes.values():
+        if INTERRUPTED in codes.values():  # here or on another machine, and all have saved
             raise KeyboardInterrupt from None
         # The agent ends the others with SIGTERM, so that says nothing about them.
         gone = {rank: code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
@@ -213,7 +212,7 @@ def _help(folder: Path, report: Path) -> int:
                 report.write_text(made.model_dump_json(), encoding="utf-8")
             world.any(False)  # nobody leaves before the output is there
     except KeyboardInterrupt:
-        return STOPPED
+        return INTERRUPTED
     except Exception as error:
         if known := told(error):
             failure = Failure(code=known.code, message=str(known))

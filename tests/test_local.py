@@ -92,6 +92,9 @@ def test_what_was_right_once_is_not_checked_again_until_it_changes(project, run,
             (project / "params.yaml").write_text(PARAMS.replace("documents: 150", "documents: 15"))
         assert run()[0] == 0
         assert len(checked) == times
+    assert run("run", "-S", "evaluate.documents=15", "-S", "prepare.seed=7")[0] == 0
+    assert run()[0] == 0
+    assert len(checked) == times + 1
 
 
 def test_it_runs_then_finds_nothing_to_do_and_shows_the_table(project, run):

@@ -100,7 +100,8 @@ def compress(
     before = stored_bytes(model)
     own = sum(edits.weight_bytes(module) for module in targets.values())
     budget = floor((1 - params.ratio) * before) - (before - own)
-    survey = partial(_survey, model, tokens, params, targets, _shifted(watch, 0), batch)
+    through = partial(walk, model, tokens, head=params.head, whole=method.whole, batch=batch)
+    survey = partial(_survey, through, model, method, targets, _shifted(watch, 0))
     solver: Layerwise | joint.Shares
     if isinstance(method, joint.Joint):
         members = survey(lambda number, sites: [joint.Member(number, site) for site in sites])
@@ -123,18 +124,7 @@ def compress(
         return Outcome(changes, rows)
 
     needs = method.reads() | {"gram"}
-    rows = walk(
-        model,
-        tokens,
-        needs,
-        visit,
-        Row,
-        head=params.head,
-        whole=method.whole,
-        batch=batch,
-        work=work,
-        watch=_shifted(watch, 1),
-    )
+    rows = through(needs, visit, Row, work=work, watch=_shifted(watch, 1))
     after = stored_bytes(model)
     return Ledger(bytes_before=before, bytes_after=after, rows=tuple(rows), groups=groups)
 
@@ -217,12 +207,11 @@ def _targets(model: PreTrainedModel, params: Compress) -> dict[str, nn.Module]:
 
 
 def _survey(
+    through: Callable[..., list[Row]],
     model: PreTrainedModel,
-    tokens: Tensor,
-    params: Compress,
+    method: Layerwise | joint.Joint,
     targets: Mapping[str, nn.Module],
     watch: Watch,
-    batch: int,
     look: Look[T],
 ) -> list[T]:
     """What `look` finds in each block of the model as it came."""
@@ -232,20 +221,9 @@ def _survey(
         found.extend(look(number, [site for site in sites if site.path in targets]))
         return Outcome([], [])
 
-    assert isinstance(params.method, Layerwise | joint.Joint)
-    needs, whole = params.method.surveys(), params.method.whole
+    needs = method.surveys()
     if needs:
-        walk(
-            model,
-            tokens,
-            needs,
-            visit,
-            Row,
-            head=params.head,
-            whole=whole,
-            batch=batch,
-            watch=watch,
-        )
+        through(needs, visit, Row, watch=watch)
         return found
     prefix, layers = blocks(model)
     for number in (*range(len(layers)), -1):

@@ -35,6 +35,10 @@ class Report(Frozen):
     reward: float
     length: float
     truncated: float
+    generated: int = Field(description="Tokens that the model wrote to learn from.")
+    solved_heldout: float | None = Field(
+        description="Share of held-out statements that it proves; with self-play only."
+    )
     bytes_before: int
     bytes_after: int
 
@@ -73,6 +77,8 @@ def body(params: Finetune, inputs: Inputs, run: Run) -> Report:
         steps=outcome.steps,
         skipped_steps=outcome.skipped,
         **{key: outcome.last[key] for key in ("reward", "length", "truncated")},
+        generated=round(outcome.last["generated"]),
+        solved_heldout=outcome.last.get("solved_heldout"),
         bytes_before=before,
         bytes_after=hf.stored_bytes(model),
     )

@@ -224,6 +224,25 @@ def test_a_comparison_from_end_to_end(project, corpus, monkeypatch):
     assert bench(project, corpus, "integer", "nf4") == text
 
 
+def test_contenders_are_compared_in_what_their_parent_has_no_figure_of():
+    def figures(solved):
+        return {"pass_at_1": 0.5, "finetune.solved_heldout": solved, "finetune.generated": 9.0}
+
+    runs = {
+        seed: {
+            "parent": {"pass_at_1": 0.5},
+            "stp": figures(0.25 + seed / 8),
+            "expert_iteration": figures(0.5 + seed / 4),
+        }
+        for seed in (0, 1)
+    }
+    lines = show.table("finetune.self_play", ["stp", "expert_iteration"], runs, {}).splitlines()
+    cells = {line.split(" | ")[1]: line.strip("| ").split(" | ") for line in lines[2:]}
+    assert lines[0].startswith("|  | contender | finetune.solved_heldout | finetune.generated |")
+    assert cells["expert_iteration"][-2].startswith("0.3125 ±")
+    assert cells["parent"] == ["parent", "", "", "0.5 ± 0"]
+
+
 def test_an_interrupted_comparison_goes_on_after_its_last_seed(project, corpus, monkeypatch):
     one = run._one
 

@@ -772,18 +772,30 @@ def test_a_rehearsal_makes_a_share_of_the_texts_and_learns_a_share_of_the_steps(
 
 
 MUON = [{"name": "nesterov"}, {"name": "orthogonalize"}, {"name": "scale_by_shape"}]
+LEARNER = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 4, "feed_forward": 128}
+LEARNING = {
+    "rounds": 3,
+    "documents": 48,
+    "samples": 2,
+    "passes": 1,
+    "warm": 500,
+    "updates": 40,
+    "rows": 32,
+    "temperature": 0.7,
+    "window": 2,
+    "most_repeated": 0.9,
+    "kept": 0.9,
+    "factor": 1.1,
+    "schedule": {"name": "linear"},
+    "optimizer": {"matrices": {"rate": 0.03, "transforms": MUON}, "rest": {"rate": 0.004}},
+}
+"""A model of letters, and settings under which it learns from what it lengthened."""
 
 
 @pytest.mark.slow
 def test_lengths_grow_over_the_rounds_and_texts_stay_valid(tmp_path):
     """A model that learned from documents what follows what, in nothing but these texts."""
-    folder = writer(tmp_path / "model", hidden=64, layers=2, heads=4, kv_heads=4, feed_forward=128)
-    how = method(
-        folder, rounds=3, documents=48, samples=2, passes=1, warm=500, updates=40, rows=32,
-        temperature=0.7, window=2, most_repeated=0.9, kept=0.9, factor=1.1,
-        schedule={"name": "linear"},
-        optimizer={"matrices": {"rate": 0.03, "transforms": MUON}, "rest": {"rate": 0.004}},
-    )  # fmt: skip
+    how = method(writer(tmp_path / "model", **LEARNER), **LEARNING)
     out = tmp_path / "corpus"
     report = prepared(tmp_path, out, how, count=3000)
     rows = read_lines(out / "synthetic.jsonl")

@@ -539,6 +539,11 @@ def test_too_few_examples_are_said_before_anything_is_trained(lean):
         play(how)
 
 
+def test_answers_that_do_not_fit_are_refused_before_anything_is_trained():
+    with pytest.raises(UserError, match=r"max_new=600 need a context of \d+, the model has"):
+        play(settings(length=Constant(tokens=600)))
+
+
 def test_lean_has_to_be_there_from_the_start(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="is not installed"):
@@ -557,7 +562,7 @@ def test_self_play_with_lean(lean):
             return [Said(text, 3, True) for _ in prompts]
 
     t = Same(
-        tiny.model(vocabulary=128),
+        tiny.model(vocabulary=128, context=128),
         how,
         how.self_play,
         lambda text: [3 + letters.index(letter) for letter in text],
@@ -594,6 +599,8 @@ def test_the_stage(corpus, tmp_path, change):  # noqa: F811
         execution=QUIET,
     )
     assert report.steps == 2
+    assert report.generated > 0
+    assert (report.solved_heldout is not None) == ("self_play" in change)
     assert report.bytes_after == report.bytes_before
     assert 0 < report.length <= 16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").num_parameters()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -361,10 +362,11 @@ def test_trains_and_leaves_no_critic_behind(tmp_path):
     tensors = checkpoint.load(checkpoint.latest(outcome.folder).path)[0]
     assert not any("critic" in name for name in tensors)
     for row in rows:
-        assert row["drawn"] <= 18
         assert 0 <= row["score"] <= 1
         assert row["limit"] == LIMIT
         assert row["skipped"] == 0
+    written = [0.0, *(row["generated"] for row in rows)]
+    assert all(0 < after - before <= 18 for before, after in pairwise(written))
     assert sum(row["ended"] for row in rows) > 6
     assert rows[-1]["value_error"] < max(row["value_error"] for row in rows)
 
@@ -480,7 +482,7 @@ def test_two_processes_follow_the_same_series_as_one(tmp_path):
     two = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(two) == len(rows) == TOGETHER.steps
     for a, b in zip(rows, two, strict=True):
-        for name in ("loss", "grad_norm", "reward", "length", "drawn", "ended", "value_error"):
+        for name in ("loss", "grad_norm", "reward", "length", "generated", "ended", "value_error"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-5), (a["step"], name)
     other = torch.load(tmp_path / "two" / "model.pt", weights_only=True)
     for name, value in net.state_dict().items():

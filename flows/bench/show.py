@@ -21,6 +21,7 @@ GOALS = {
     "compress": ("bits_per_byte:min", "stored_bytes:min"),
     "quantize": ("bits_per_byte:min", "stored_bytes:min"),
     "finetune": ("pass_at_1:max", "length:min"),
+    "finetune.self_play": ("finetune.solved_heldout:max", "finetune.generated:min"),
     "evaluate": ("pass_at_1:max", "length:min"),
     "evaluate.runtime": ("peak_bytes:min", "prefill_tokens_per_second:max"),
 }
@@ -96,8 +97,10 @@ def table(
             str(mean([run[column] for run in runs[name]])) if column in runs[name][0] else ""
             for column in columns
         ]
-        against = gain([run[main] for run in runs[name]], [run[main] for run in runs[alive[0]]])
-        last = ["", ""] if name == alive[0] else [str(against), verdict(key, against)]
+        last = ["", ""]
+        if name != alive[0] and main in runs[name][0]:
+            against = gain([run[main] for run in runs[name]], [run[main] for run in runs[alive[0]]])
+            last = [str(against), verdict(key, against)]
         lines.append(["*" if name in front else "", name, *figures, *last])
     for name, why in refused.items():
         lines.append(["!", name, why, *[""] * (len(title) - 3)])

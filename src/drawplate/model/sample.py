@@ -200,6 +200,17 @@ def _check(
                     f"sampling: prompt {row} holds token {token}, the model knows 0 to "
                     f"{vocabulary - 1}; was it encoded by another tokenizer?"
                 )
+    check_context(model, prompts, most)
+
+
+def check_context(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], most: Sequence[int]
+) -> None:
+    """That prompts with at most so many new tokens each fit into the model's context.
+
+    Raises:
+        UserError: one of them does not.
+    """
     context = getattr(model.config, "max_position_embeddings", None)
     longest, new = max(
         ((len(prompt), more) for prompt, more in zip(prompts, most, strict=True)), key=sum

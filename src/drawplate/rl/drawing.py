@@ -34,6 +34,8 @@ class Drawing:
         self.model, self.how, self.prompts, self.score = model, how, prompts, score
         self.verify, self.decode, self.end, self.world = verify, decode, end, world
         self.breaks: dict[int, bool] = {}
+        self.generated = 0
+        """Tokens that the model has given so far."""
 
     def groups(self, starts: Sequence[Start], limit: int, seed: int) -> list[Group]:
         """All groups that begin at these prompts."""
@@ -57,6 +59,7 @@ class Drawing:
                 first=mine.start,
                 batch_size=self.how.parallel,
             )
+        self.generated += sum(self.world.gather([len(tokens) for tokens in drawn.tokens]))
         cuts = [self._line(tokens) if judge else len(tokens) for tokens in drawn.tokens]
         texts = [tokens[:cut] for tokens, cut in zip(drawn.tokens, cuts, strict=True)]
         scores = self._scores([rows[row] for row in mine], texts, judge)

@@ -144,6 +144,7 @@ class Reinforce:
             "rollout": self.packed,
             "going": [dict(vars(answer)) for answer in self.going],
             "critic": self.critic.state() if self.critic else None,
+            "generated": self.drawing.generated,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -152,6 +153,7 @@ class Reinforce:
         self.shares = list(state["shares"])
         self.figures, self.packed = dict(state["figures"]), state["rollout"]
         self.going = [Answer(**_tuples(answer)) for answer in state["going"]]
+        self.drawing.generated = state["generated"]
         if self.critic is not None:
             self.critic.restore(state["critic"])
         self.rollout = None
@@ -173,6 +175,7 @@ class Reinforce:
             rollout, figures = self._whole(number, limit)
         else:
             rollout, figures = self._grown(how.window, limit)
+        figures["generated"] = float(self.drawing.generated)
         self.round, self.rollout, self.figures = number, rollout, figures
         if how.updates > 1:
             self.packed = base64.b64encode(save(rollout.tensors())).decode()
@@ -211,9 +214,9 @@ class Reinforce:
         ended = every.take(~every.going)
         # Where no answer was completed, what was last said of those that were stands.
         figures |= _figures(ended) if len(ended.group) else _UNKNOWN | self.figures
-        tokens = sum(len(a.tokens) - len(b.tokens) for a, b in zip(answers, begun, strict=True))
-        figures |= {"limit": float(every.limit), "drawn": float(tokens)}
-        figures["ended"] = float(len(ended.group))
+        figures |= {"limit": float(every.limit), "ended": float(len(ended.group))}
+        lengths = ((len(a.tokens), len(b.tokens)) for a, b in zip(answers, begun, strict=True))
+        self.drawing.generated += sum(after - before for after, before in lengths)
         return replace(rollout, mask=window.due(answers, every.mask)), figures
 
     def _drawn(self, count: int, limit: int, seed: int) -> Rollout:

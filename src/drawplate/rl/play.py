@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from drawplate.core.seeds import generator, seed_of
 from drawplate.edits import materialized
-from drawplate.model.sample import sample
+from drawplate.model.sample import check_context, sample
 from drawplate.rl import moving
 from drawplate.rl.params import Finetune
 from drawplate.rl.policy import judge
@@ -75,6 +75,9 @@ class Play:
         self.given = [statement for statement, _ in examples[play.seeds :][: play.given]]
         self.heldout = [statement for statement, _ in examples[play.seeds + play.given :]]
         self.seen = {statement: True for statement, _ in examples}
+        asked = [encode(_conjecture(statement)) for statement in self.seen]
+        most = max(how.length.limit(step, how.steps) for step in range(how.steps))
+        check_context(model, asked, [most] * len(asked))  # before the first steps, not behind them
         self.proofs = {statement: [proof] for statement, proof in self.seeds}
         self.taught: list[tuple[str, str]] = []
         self.round = -1

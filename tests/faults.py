@@ -59,6 +59,7 @@ def kill_loop(
     seed: int,
     seconds: float,
     warm: str,
+    sign: signal.Signals = signal.SIGKILL,
 ) -> dict[str, Any]:
     """Call `work(folder)` ("module:function") until it returns, killing it in between.
 
@@ -66,8 +67,9 @@ def kill_loop(
     folder of its own, so that fast machines kill as often as slow ones; after each kill the
     longest life grows by a fiftieth, so that all get through. After every kill `check(folder)`
     says whether what is on the disk can be read. Gives up after `seconds`. `warm()` is called in
-    the parent, to import and set up what children would otherwise spend their lives on.
-    -> {"kills", "unreadable", "finished", "seconds"}
+    the parent, to import and set up what children would otherwise spend their lives on. With
+    another `sign` children are asked to end, and `slowest` is the longest that one took to.
+    -> {"kills", "unreadable", "finished", "slowest", "seconds"}
     """
     order = {
         "warm": warm,
@@ -76,6 +78,7 @@ def kill_loop(
         "folder": str(folder),
         "seed": seed,
         "seconds": seconds,
+        "sign": sign,
     }
     return _ask(order, seconds + 120)
 
@@ -106,7 +109,7 @@ def _kills(order: dict[str, Any]) -> dict[str, Any]:
     """The warm process: everything is imported once, children start in a millisecond."""
     work, check, folder = function(order["work"]), function(order["check"]), order["folder"]
     draw = random.Random(order["seed"])
-    kills = unreadable = 0
+    kills, unreadable, slowest = 0, 0, 0.0
     function(order["warm"])()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as undisturbed:
@@ -119,8 +122,10 @@ def _kills(order: dict[str, Any]) -> dict[str, Any]:
         longest *= 1.02
         status = os.waitpid(child, os.WNOHANG)[1] if _ended(child) else None
         if status is None:
-            os.kill(child, signal.SIGKILL)
+            told = time.monotonic()
+            os.kill(child, order["sign"])
             os.waitpid(child, 0)
+            slowest = max(slowest, time.monotonic() - told)
             kills += 1
             unreadable += not check(folder)
             continue
@@ -128,8 +133,8 @@ def _kills(order: dict[str, Any]) -> dict[str, Any]:
         if not finished:
             unreadable += 1
         if finished or unreadable > 3:
-            return _report(kills, unreadable, finished, start)
-    return _report(kills, unreadable, False, start)
+            return _report(kills, unreadable, finished, slowest, start)
+    return _report(kills, unreadable, False, slowest, start)
 
 
 def _child(work: Callable[..., Any], folder: str) -> int:
@@ -149,9 +154,16 @@ def _ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _report(kills: int, unreadable: int, finished: bool, start: float) -> dict[str, Any]:
-    seconds = round(time.monotonic() - start, 2)
-    return {"kills": kills, "unreadable": unreadable, "finished": finished, "seconds": seconds}
+def _report(
+    kills: int, unreadable: int, finished: bool, slowest: float, start: float
+) -> dict[str, Any]:
+    return {
+        "kills": kills,
+        "unreadable": unreadable,
+        "finished": finished,
+        "slowest": round(slowest, 2),
+        "seconds": round(time.monotonic() - start, 2),
+    }
 
 
 # ---------------------------------------------------------------- system calls that fail

@@ -1,5 +1,6 @@
 """Killed at random and at every system call, a training run loses nothing; a naive one does."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,33 @@ def test_stages_that_are_killed_again_and_again_leave_the_same_bytes(
         for folder in (work, tmp_path / "whole")
     )
     assert again == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["pretrained", "recovered", "reinforced"])
+def test_stages_that_are_told_to_end_at_twenty_moments_save_and_leave_the_same_bytes(
+    tmp_path: Path, run: str
+) -> None:
+    cases, told, round_ = "tests.stage_cases:", 0, 0
+    undisturbed = stage_cases.left(*getattr(stage_cases, run)(tmp_path / "whole"))
+    while told < 20:
+        work = tmp_path / str(round_)
+        found = faults.kill_loop(
+            cases + run,
+            CASES + "readable",
+            work,
+            seed=round_,
+            warm=f"{cases}warm_{run}",
+            seconds=120,
+            sign=signal.SIGTERM,
+        )
+        print(found)
+        assert found["finished"]
+        assert found["unreadable"] == 0
+        assert found["slowest"] < 10
+        assert found["kills"] > 0
+        assert stage_cases.left(*getattr(stage_cases, run)(work)) == undisturbed
+        told, round_ = told + found["kills"], round_ + 1
 
 
 def test_the_usual_way_to_save_becomes_unreadable(tmp_path: Path) -> None:

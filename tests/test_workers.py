@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
 from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.states import Scheduled
 from workers_cases import ROOT, Farm, alive, git, until
 
 from flows.local import change_params
@@ -390,12 +392,114 @@ def test_a_pipeline_that_is_gone_starts_again_and_finds_its_stages(farm):
     assert len(starts(farm, "finetune", 75)) == len(ends(farm, "finetune", 75)) == 1
 
 
+@pytest.mark.slow
+def test_a_flow_that_is_killed_goes_on(farm):
+    """SIGKILL of a stage's flow alone: its worker tells, and what it trained ends with it."""
+    branch = farm.branch("flow", finetune_seed=65, finetune_steps=100)
+    run = farm.ask(name="flow", targets=["finetune"], revision=branch)
+    (fact,) = until(lambda: starts(farm, "finetune", 65), what="finetune begins")
+    time.sleep(2)
+    (engine,) = (
+        pid
+        for pid in descendants(farm.processes[fact["worker"]].pid)
+        if b"prefect.engine" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    os.kill(engine, signal.SIGKILL)
+    killed = time.time()
+    until(lambda: not alive(fact["pid"]), what="the orphan is gone")
+    second = until(lambda: starts(farm, "finetune", 65)[1:], what="finetune goes on")[0]
+    print(f"running again {second['time'] - killed:.1f} s after SIGKILL of the flow")
+    assert second["what"] != "start at 0"
+    assert farm.wait(run).is_completed()
+    assert len(ends(farm, "finetune", 65)) == 1
+    assert repr(undisturbed(65, 100)).encode() in bytes_of(farm, "tuned.txt", ref_of(farm, "flow"))
+
+
+@pytest.mark.slow
+def test_a_machine_that_sleeps_for_two_minutes_has_its_stage_computed_once(farm):
+    """SIGSTOP of a worker and all it started, for longer than a run may give no sign of life."""
+    branch = farm.branch("asleep", finetune_seed=67, finetune_steps=100)
+    run = farm.ask(name="asleep", targets=["finetune"], revision=branch)
+    (fact,) = until(lambda: starts(farm, "finetune", 67), what="finetune begins")
+    time.sleep(2)
+    worker = farm.processes[fact["worker"]]
+    asleep = [worker.pid, *descendants(worker.pid)]
+    farm.worker("g7", "gpu", gpu=1)
+    tell(asleep, signal.SIGSTOP)
+    time.sleep(120)
+    tell(asleep, signal.SIGCONT)
+    state = farm.wait(run)
+    assert state.is_completed(), state.message
+    assert len(ends(farm, "finetune", 67)) == 1
+    assert repr(undisturbed(67, 100)).encode() in bytes_of(
+        farm, "tuned.txt", ref_of(farm, "asleep")
+    )
+    until(lambda: not held(farm), 3 * LEASE, "no slot is held for nothing")
+    farm.kill("g7")
+
+
+@pytest.mark.slow
+def test_servers_and_workers_that_are_gone_at_once_come_back_to_their_runs(farm):
+    branch = farm.branch("blackout", finetune_seed=69, finetune_steps=100)
+    run = farm.ask(name="blackout", targets=["finetune"], revision=branch)
+    until(lambda: starts(farm, "finetune", 69), what="finetune begins")
+    time.sleep(2)
+    for name in list(farm.processes):
+        lose(farm.processes.pop(name))
+    farm.server()
+    farm.worker("c1", "cpu")
+    farm.worker("g1", "gpu")
+    state = farm.wait(run)
+    assert state.is_completed(), state.message
+    first, second = starts(farm, "finetune", 69)
+    print(f"running again {second['time'] - first['time']:.1f} s after it began at first")
+    assert second["what"] != "start at 0"
+    assert len(ends(farm, "finetune", 69)) == 1
+    until(lambda: not held(farm), 3 * LEASE, "no slot is held for nothing")
+
+
+@pytest.mark.slow
+def test_nights_without_a_worker_are_made_up_for_once(farm):
+    """Three nights' runs wait for the worker that comes back; what they ask for is the same."""
+    lose(farm.processes.pop("c1"))
+    branch = farm.branch("nights", prepare_seed=73)
+    request = {"revision": branch, "targets": ["prepare"], "preflight": False}
+    now = datetime.now(UTC)
+    with farm.client() as client:
+        nightly = client.read_deployment_by_name("pipeline/nightly")
+        runs = [
+            client.create_flow_run_from_deployment(
+                nightly.id,
+                parameters={"request": request},
+                state=Scheduled(scheduled_time=now - timedelta(days=days)),
+            ).id
+            for days in (3, 2, 1)
+        ]
+    farm.worker("c1", "cpu")
+    states = [farm.wait(run) for run in runs]
+    done = [state for state in states if state.is_completed()]
+    assert done
+    assert all(state.is_completed() or state.is_cancelled() for state in states), states
+    assert len(starts(farm, "prepare", 73)) == len(ends(farm, "prepare", 73)) == 1
+
+
+def held(farm):
+    """Limits of which a slot is taken."""
+    with farm.client() as client:
+        limits = client.read_global_concurrency_limits(limit=200)
+    return [limit.name for limit in limits if limit.active_slots]
+
+
+def tell(processes, sign):
+    for pid in processes:
+        os.kill(pid, sign)
+
+
 def lose(worker):
     """SIGKILL for a worker and all it started at once: nothing may notice that the rest is gone."""
     lost = [worker.pid, *descendants(worker.pid)]
     for sign in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in lost:
-            os.kill(pid, sign)
+        tell(lost, sign)
     worker.wait()
 
 

@@ -57,9 +57,10 @@ stages:
 """
 
 # A stage that trains: it saves each step where a later attempt finds it, says how far it is, saves
-# and leaves when it is told to, and ends when `dvc` does. `log` tells who computed what, and when.
+# and leaves when it is told to, and ends when `dvc` does; what it saves is one process' at a time,
+# as a real stage's. `log` tells who computed what, and when.
 WORK = r"""
-import ctypes, json, os, signal, sys, time
+import ctypes, fcntl, json, os, signal, sys, time
 from pathlib import Path
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 stop = []
@@ -83,6 +84,11 @@ if value == 13:
     raise SystemExit("drawplate: thirteen is no good seed")
 state = Path(os.environ.get("DRAWPLATE_STATE", ".")) / f"{stage}-{value}-{steps}.json"
 state.parent.mkdir(parents=True, exist_ok=True)
+lock = state.with_suffix(".lock").open("a")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    raise SystemExit(f"drawplate: {state} is being made by process of another run")
 numbers = json.loads(state.read_text()) if state.exists() else []
 log(f"start at {len(numbers)}")
 while len(numbers) < steps:

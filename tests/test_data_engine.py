@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from hashlib import sha256
+from importlib.util import find_spec
 from random import Random
+from shutil import which
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from pydantic import ValidationError
 
 from drawplate.core.errors import UserError
 from drawplate.core.method import leaves
-from drawplate.data.engine import Here, Local
+from drawplate.data.engine import Here, Local, Ray, Slurm, elsewhere
 from drawplate.data.prepare import Prepare, prepare
 from drawplate.data.source import Source
 from stages.run import Execution
@@ -66,7 +70,16 @@ def made(raw, folder, engine, work=None, **more):
     return report, {str(p.relative_to(folder)): sha256(p.read_bytes()).digest() for p in files}
 
 
-ENGINES = [Here(), Local(workers=1), pytest.param(Local(workers=3), marks=pytest.mark.slow)]
+NO_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+NO_SLURM = pytest.mark.skipif(which("sbatch") is None, reason="no sbatch on the PATH")
+ENGINES = [
+    Here(),
+    Local(workers=1),
+    pytest.param(Local(workers=3), marks=pytest.mark.slow),
+    pytest.param(Ray(memory=0.1), marks=[pytest.mark.slow, NO_RAY]),
+    # Of a cluster of one's own, whose default partition is called `debug` as in Slurm's examples.
+    pytest.param(Slurm(partition="debug", memory=1), marks=[pytest.mark.slow, NO_SLURM]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -145,16 +158,67 @@ def test_it_is_an_execution_setting():
     )
 
 
-def test_without_datatrove_it_says_what_to_install(tmp_path):
+@pytest.mark.parametrize(
+    ("call", "gone", "needs", "extra"),
+    [
+        ("Local()", "datatrove.executor.local", "datatrove", "data"),
+        ("Ray()", "ray", "ray and datatrove", "ray"),
+        ("Slurm(partition='a')", "datatrove.executor.slurm", "datatrove", "data"),
+    ],
+)
+def test_what_is_not_installed_is_said(tmp_path, call, gone, needs, extra):
     code = (
-        "import sys; sys.modules['datatrove.executor.local'] = None\n"
+        f"import sys; sys.modules[{gone!r}] = None\n"
         "from pathlib import Path\n"
-        "from drawplate.data.engine import Local\n"
-        "Local().run(print, 1, Path(sys.argv[1]))"
+        "from drawplate.data.engine import *\n"
+        f"{call}.run(print, 1, Path(sys.argv[1]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
     )
-    assert done.stderr.splitlines()[-1].endswith(
-        "execution.engine local needs datatrove: pip install 'drawplate[data]'"
-    )
+    engine = call.partition("(")[0].lower()
+    said = f"execution.engine {engine} needs {needs}: pip install 'drawplate[{extra}]'"
+    assert done.stderr.splitlines()[-1].endswith(said)
+
+
+def test_slurm_is_called_where_jobs_are_submitted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"^execution\.engine slurm needs sbatch; call it where"):
+        Slurm(partition="a").run(print, 1, tmp_path / "log")
+    with pytest.raises(ValidationError, match="partition"):
+        Slurm()
+
+
+def test_what_fails_elsewhere_is_said_here(tmp_path):
+    """Whatever executor there is: the first part that failed, that ended or that never began."""
+
+    def work(part):
+        if part == 2:
+            raise UserError("c.txt: no such file")
+
+    def carried_out(parts):
+        with elsewhere(work, 4, tmp_path / "log") as (step,):
+            for part in parts:
+                with suppress(UserError):
+                    step(None, rank=part)
+
+    others = [0, 1, 3]
+    with pytest.raises(UserError, match=r"^c.txt: no such file$"):
+        carried_out([*others, 2])
+    with pytest.raises(UserError, match=r"^part 2 was not begun; look below .*log$"):
+        carried_out(others)
+    with pytest.raises(UserError, match=r"^part 0 was not begun"):
+        carried_out([])
+
+    def killed(part):
+        raise SystemExit
+
+    with (
+        pytest.raises(UserError, match=r"^part 0 ended without a word; look below"),
+        elsewhere(killed, 1, tmp_path / "log") as (step,),
+        suppress(SystemExit),
+    ):
+        step(None, rank=0)
+    with elsewhere(print, 2, tmp_path / "log") as (step,):
+        for part in (0, 1):
+            assert not list(step(None, rank=part))

@@ -7,9 +7,11 @@ others only train. Agents meet in a file beside the output, so no machine has to
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -20,7 +22,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from drawplate.core.errors import DrawplateError, Exhausted, told
+from psutil import net_if_addrs
+
+from drawplate.core.errors import DrawplateError, Exhausted, UserError, told
 from drawplate.core.method import Frozen
 from stages.quiet import INTERRUPTED
 from stages.run import STATE, Execution, Stage, prepare_process
@@ -73,7 +77,8 @@ def launch(
     """Makes `out` in `execution.nproc` processes on this machine, and as many on the others.
 
     Raises:
-        DrawplateError: what the first of the processes that failed had to say.
+        DrawplateError: what the first of the processes that failed had to say, or `address` is none
+            of this machine.
         Exhausted: processes were lost more often than `execution.restarts`.
         KeyboardInterrupt: a signal came; all processes have saved and left.
     """
@@ -91,6 +96,8 @@ def launch(
     state = out.resolve().parent / STATE
     state.mkdir(parents=True, exist_ok=True)
     report = state / f"{out.name}.report.json"
+    if execution.nnodes > 1:
+        _reachable(stage.name, execution.address)
     lost = ""
     for _ in range(execution.restarts + 1):
         if lost:
@@ -105,6 +112,38 @@ def launch(
         f"{out}: {lost}, after {execution.restarts} new starts; look for what ends processes, "
         "such as the memory they need, or raise execution.restarts"
     )
+
+
+def _reachable(name: str, address: str | None) -> None:
+    """Has the processes listen where other machines find them.
+
+    Without a word, gloo listens at the address of the host's name, on many systems 127.0.1.1.
+
+    Raises:
+        UserError: `address` is none of this machine.
+    """
+    try:
+        number = socket.gethostbyname(address or socket.gethostname())
+    except OSError as error:
+        raise UserError(f"execution.address: {address or socket.gethostname()}: {error}") from None
+    if address is None:
+        if ipaddress.ip_address(number).is_loopback:
+            print(
+                f"[{name}] this machine's name stands for {number}, where no other machine finds "
+                "it; give its address in the network by execution.address",
+                file=sys.stderr,
+                flush=True,
+            )
+        return
+    known = {a.address: device for device, all_ in net_if_addrs().items() for a in all_}
+    if number not in known:
+        numbers = [text for text in known if text.count(".") == 3]
+        raise UserError(
+            f"execution.address: {address} is no address of this machine, which has "
+            f"{', '.join(numbers)}"
+        )
+    for library in ("GLOO", "NCCL"):
+        os.environ[f"{library}_SOCKET_IFNAME"] = known[number]
 
 
 def _place(state: Path, name: str) -> Path:

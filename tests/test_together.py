@@ -12,7 +12,7 @@ import torch
 
 from drawplate import lineage
 from drawplate.core.artifact import publish, verify
-from drawplate.core.errors import DrawplateError, Exhausted
+from drawplate.core.errors import DrawplateError, Exhausted, UserError
 from drawplate.train import series
 from stages.run import Execution
 from stages.together import launch
@@ -70,11 +70,11 @@ def test_other_numbers_of_processes_follow_the_same_series(source, two, tmp_path
             assert one[name] == pytest.approx(other[name], rel=2e-4), name
 
 
-def agent(source, out, pause, nproc, nnodes=1):
+def agent(source, out, pause, nproc, nnodes=1, inside=(), address="127.0.0.1"):
     """A run in a process of its own."""
     command = [sys.executable, "-m", "tests.together_stage", source, out, nproc, pause, nnodes]
     return subprocess.Popen(
-        [str(part) for part in command],
+        [str(part) for part in (*inside, *command, address)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -191,9 +191,37 @@ def test_losses_have_a_limit(source, tmp_path, monkeypatch):
         launch(stage, Knobs(), Inputs(source=source), tmp_path / "out", None, None, execution)
 
 
-def two_machines(source, out, pause):
+def two_machines(source, out, pause, hosts=({}, {})):
     """Two agents, each with a process, that meet as those of two machines would."""
-    return [agent(source, out, pause, 1, 2) for _ in range(2)]
+    return [agent(source, out, pause, 1, 2, **host) for host in hosts]
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two hosts with a network between them: names as the kernel has them, and a cable."""
+    names, cable = [f"dp{os.getpid()}{end}" for end in "ab"], [f"dp{os.getpid()}{e}" for e in "cd"]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
+        found = []
+        for number, (name, end) in enumerate(zip(names, cable, strict=True), 1):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "addr", "add", f"10.99.0.{number}/24", "dev", end)
+            for device in ("lo", end):
+                ip("-n", name, "link", "set", device, "up")
+            inside = ("ip", "netns", "exec", name)
+            found.append({"inside": inside, "address": f"10.99.0.{number}"})
+        yield found
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
 def ends(processes, *codes):
@@ -207,6 +235,32 @@ def ends(processes, *codes):
 def test_two_machines_make_what_two_processes_make(source, two, tmp_path):
     ends(two_machines(source, tmp_path / "out", 0.0), 0, 0)
     equal(tmp_path / "out", two[1])
+
+
+@pytest.mark.slow
+def test_two_hosts_with_a_network_between_them_do_too(source, two, tmp_path, hosts):
+    ends(two_machines(source, tmp_path / "out", 0.0, hosts), 0, 0)
+    equal(tmp_path / "out", two[1])
+
+
+def test_where_no_other_machine_would_find_this_one_is_said(source, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("stages.together._attempt", lambda *_: "process 1 was ended by SIGKILL")
+
+    def begin(**more):
+        execution = Execution(nnodes=2, restarts=0, tracking=False, **more)
+        launch(stage, Knobs(), Inputs(source=source), tmp_path / "out", None, None, execution)
+
+    with pytest.raises(UserError, match=r"203\.0\.113\.1 is no address of this machine, .*127"):
+        begin(address="203.0.113.1")
+    with pytest.raises(UserError, match=r"^execution.address: no such host\.invalid: "):
+        begin(address="no such host.invalid")
+    for number, said in (("127.0.1.1", True), ("203.0.113.1", False)):
+        monkeypatch.setattr("socket.gethostbyname", lambda _, number=number: number)
+        capfd.readouterr()
+        with pytest.raises(Exhausted):
+            begin()
+        told = capfd.readouterr().err
+        assert ("give its address in the network by execution.address" in told) == said
 
 
 @pytest.mark.slow

@@ -62,8 +62,8 @@ if __name__ == "__main__":
     from stages.quiet import guarded
     from tests import together_stage
 
-    source, out, nproc, pause, nnodes = sys.argv[1:]
-    machines = {"nnodes": int(nnodes), "address": "127.0.0.1"}
+    source, out, nproc, pause, nnodes, address = sys.argv[1:]
+    machines = {"nnodes": int(nnodes), "address": address}
     prepare_process()
     sys.exit(
         guarded(

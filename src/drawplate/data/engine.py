@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -128,20 +128,28 @@ class Slurm(Frozen):
         quiet()
         # Paths of the environment that submits, for the jobs' own `launch_pickled_pipeline`.
         paths = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
-        with elsewhere(work, parts, folder) as steps, suppress(subprocess.CalledProcessError):
-            SlurmPipelineExecutor(
-                steps,
-                tasks=parts,
-                workers=self.workers,
-                time=self.time,
-                partition=self.partition,
-                mem_per_cpu_gb=self.memory,
-                qos="",
-                env_command=paths,
-                sbatch_args={"wait": ""},
-                requeue=False,
-                logging_dir=str(folder),
-            ).run()
+        name = f"drawplate-{os.getpid()}"
+        with elsewhere(work, parts, folder) as steps:
+            try:
+                SlurmPipelineExecutor(
+                    steps,
+                    tasks=parts,
+                    workers=self.workers,
+                    time=self.time,
+                    partition=self.partition,
+                    mem_per_cpu_gb=self.memory,
+                    qos="",
+                    job_name=name,
+                    env_command=paths,
+                    sbatch_args={"wait": ""},
+                    requeue=False,
+                    logging_dir=str(folder),
+                ).run()
+            except subprocess.CalledProcessError:
+                pass  # a part failed, or sbatch said why there are none: the notes tell
+            except BaseException:
+                subprocess.run(["scancel", "--name", name], check=False)
+                raise
 
 
 Engine: TypeAlias = Annotated[Here | Local | Ray | Slurm, Field(discriminator="name")]

@@ -8,7 +8,8 @@ Four parts, all of them unless `--only` names some:
   `drawplate run` on it as it is, and pretraining with and without tracking, taking turns.
 - `stages`: what a stage of one second costs besides that second: through DVC alone, through the
   flow in place, through a worker; computed and from the run cache.
-- `queue`: `--queued` stages on two workers with two slots: how many are lost, how many doubled.
+- `queue`: `--queued` stages on `--workers` workers with two slots, the server killed and started
+  again in the middle: how many are lost, how many doubled.
 - `kill`: seconds from SIGKILL of a worker until its stage runs again on another.
 
 Seconds are those of a clock. Writes `benchmarks/results/orchestration.json`, and what it prints to
@@ -27,9 +28,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from default_run import ROOT
 
 from flows.bench.machine import machine
@@ -154,8 +157,9 @@ def queue(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 for ref in refs
             ]
         started = time.perf_counter()
-        for name in ("c1", "c2"):
-            farm.worker(name, "cpu")
+        for number in range(given.workers):
+            farm.worker(f"c{number + 1}", "cpu")
+        restarted, most = False, 0
 
         def finished() -> bool:
             return len(farm.facts("end")) >= given.queued and all(
@@ -165,6 +169,13 @@ def queue(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         deadline = time.monotonic() + given.limit
         while not finished() and time.monotonic() < deadline:
             time.sleep(5)
+            most = max(most, held(farm))
+            if not restarted and 2 * len(farm.facts("end")) >= given.queued:
+                server = farm.processes.pop("server")
+                server.kill()
+                server.wait()
+                farm.server()
+                restarted = True
         took = time.perf_counter() - started
         states = Counter(str(farm.state(run).type.value) for run in runs)
         counted = Counter(fact["value"] for fact in farm.facts("end"))
@@ -172,6 +183,9 @@ def queue(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         locked = (farm.folder / "server.out").read_text().count("database is locked")
     return {
         "queued": given.queued,
+        "workers": given.workers,
+        "restarts": int(restarted),
+        "bytes": most,
         "states": dict(states),
         "lost": given.queued - states["COMPLETED"],
         "doubled": sum(count - 1 for count in counted.values()),
@@ -179,6 +193,18 @@ def queue(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds": took,
         "database is locked": locked,
     }
+
+
+def held(farm: Farm) -> int:
+    """Memory of the server, the workers and what they started."""
+    total = 0
+    for process in farm.processes.values():
+        with suppress(psutil.NoSuchProcess):
+            whole = psutil.Process(process.pid)
+            for each in (whole, *whole.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    total += each.memory_info().rss
+    return total
 
 
 def kill(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -234,8 +260,10 @@ def shown(record: dict[str, Any]) -> str:
     if "queue" in record:
         q = record["queue"]
         lines.append(
-            f"| {q['queued']} queued stages, 2 workers | lost {q['lost']}, doubled {q['doubled']}, "
-            f"{q['seconds']:.0f} s, 'database is locked' {q['database is locked']} times |"
+            f"| {q['queued']} queued stages, {q['workers']} workers, server killed {q['restarts']} "
+            f"times | lost {q['lost']}, doubled {q['doubled']}, {q['seconds']:.0f} s, "
+            f"{q['bytes'] / 1e6:.0f} MB at most, "
+            f"'database is locked' {q['database is locked']} times |"
         )
     lines += [
         "",
@@ -254,6 +282,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--queued", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=3600, help="Most seconds for the queue.")
     parser.add_argument("--kills", type=int, default=3)
     given = parser.parse_args()

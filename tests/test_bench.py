@@ -151,6 +151,15 @@ def test_a_preset_with_a_budget_gets_the_operations_of_the_others():
     assert planned["budget"]["flops"] == pytest.approx(6 * weights * tokens)
 
 
+def test_what_all_methods_of_a_key_have_is_the_same_for_all():
+    """Of the axis: it stays. Of one method alone: another one has no such field."""
+    play = "finetune.self_play={name: stp, warm: 7, checker: {name: lean}, highest: 0.5}"
+    made = plan.plan("finetune.self_play", (), {}, False, [play]).contenders
+    stp, other = (made[name]["finetune"]["self_play"] for name in ("stp", "expert_iteration"))
+    assert stp["highest"] == 0.5
+    assert other == {"name": "expert_iteration", "warm": 7, "checker": {"name": "lean"}}
+
+
 def test_seeds_reach_every_section_that_is_there():
     tree = plan.seeded("compress", {"compress": {"recover": None}}, 5)
     assert tree["compress"]["calibration"]["seed"] == 5

@@ -162,10 +162,24 @@ def _methods(stage: str, rest: str, tree: Mapping[str, Any]) -> dict[str, Tree]:
     if isinstance(now, tuple):
         choices = {name: override(tree, [f"{key}=[{{name: {name}}}]"]) for name in leaves(axis)}
         return {NONE: override(tree, [f"{key}=[]"]), **choices}
-    choices = {name: override(tree, [f"{key}.name={name}"]) for name in leaves(axis)}
+    shared = _shared(tree, key.split("."), axis)
+    choices = {name: override(tree, [f"{key}.name={name}", *shared]) for name in leaves(axis)}
     if now is None:
         return {NONE: dict(tree), **choices}
     return {now.name: choices[now.name], **choices}
+
+
+def _shared(tree: Mapping[str, Any], path: Sequence[str], axis: type[Method]) -> list[str]:
+    """What is set of the fields that all methods of an axis have, which another name would drop."""
+    section: Any = tree
+    for part in path:
+        section = section.get(part) if isinstance(section, Mapping) else None
+    given = section if isinstance(section, Mapping) else {}
+    key = ".".join(path)
+    return [
+        f"{key}.{field}={json.dumps(given[field])}"
+        for field in sorted(axis.model_fields.keys() & given.keys() - {"name"})
+    ]
 
 
 def _elsewhere(stage: str, name: str) -> str:

@@ -73,12 +73,11 @@ class Machine(Frozen):
     Kernels that are compiled for the shapes of its layers are part of it, and may outweigh a small
     model.
     """
+    running_bytes: int | None = Field(None, exclude_if=lambda it: it is None)
+    """The same growth since the model was loaded and its runtime had it; None where the system
+    cannot forget a peak."""
     runtime: dict[str, float] | None = Field(None, exclude_if=lambda it: it is None)
-    """What the runtime measured, and `running_bytes`, the peak memory since the model was loaded.
-
-    None where the model ran plain. Where the system cannot forget a peak there is no
-    `running_bytes`.
-    """
+    """What the runtime measured; None where the model ran plain."""
 
     def figures(self) -> dict[str, float]:
         """Flat figures by name; those that do not exist are left out."""

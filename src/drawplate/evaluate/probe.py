@@ -47,15 +47,18 @@ def run(folder: Path, device: torch.device, trial: Trial) -> Machine:
     if changed:
         _own(model)
     with running(trial.runtime, model, text) as figures:
-        forgotten = changed and _forget_peak(device)
+        forgotten = _forget_peak(device)
         _prefill(model, probe.prompt)
         _decode(model, probe.prompt, probe.new)
         peak = _peak(device)
         measured = _measure(model, device, probe)
-        found = {"running_bytes": float(peak - before)} if forgotten else {}
-        found |= figures()
+        found = figures()
     return measured.model_copy(
-        update={"peak_bytes": max(peak, loaded) - before, "runtime": found or None}
+        update={
+            "peak_bytes": max(peak, loaded) - before,
+            "running_bytes": peak - before if forgotten else None,
+            "runtime": found or None,
+        }
     )
 
 

@@ -37,6 +37,7 @@ SERVER = {
         "prefect.server.concurrency.lease_storage.filesystem"
     ),
     "PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
+    "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "flows.ordering",
     # SQLite takes one writer at a time; a busy machine makes the others wait.
     "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
     "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",

@@ -1,16 +1,19 @@
-"""The server's event loop goes on while its database waits: a defect of ours would hang it."""
+"""The server goes on while its database waits, and after it was started again."""
 
 import gc
+import os
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 
 import pytest
 from workers_cases import ROOT
 
 from flows.server import collect, write_in_turn
+from flows.services import SERVER
 
 
 class Knot:
@@ -134,3 +137,71 @@ def test_a_transaction_waits_for_another_instead_of_being_refused(tmp_path, monk
     monkeypatch.setattr(AioSqliteConfiguration, name, getattr(AioSqliteConfiguration, name))
     write_in_turn()
     assert both_write(tmp_path / "db") == ["written", "written"]
+
+
+FOLLOWS = """
+import asyncio
+from datetime import timedelta
+from uuid import uuid4
+
+from prefect.server.database import provide_database_interface
+from prefect.server.events.ordering import EventArrivedEarly, memory
+from prefect.server.events.schemas.events import ReceivedEvent
+
+from flows.ordering import BEGAN, CausalOrdering
+
+
+def event(number, follows=None):
+    resource = {"prefect.resource.id": "prefect.flow-run.1"}
+    return ReceivedEvent(id=number, event="e", occurred=BEGAN, resource=resource, follows=follows)
+
+
+async def waits(ordering, leader):
+    try:
+        await ordering.wait_for_leader(event(uuid4(), leader))
+    except EventArrivedEarly:
+        return True
+    return False
+
+
+async def main():
+    db = provide_database_interface()
+    before, after, handled = uuid4(), uuid4(), uuid4()
+    async with (await db.engine()).begin() as connection:
+        await connection.run_sync(db.Event.__table__.create)
+    async with db.session_context(begin_transaction=True) as session:
+        for number, seconds in ((before, -1), (after, 1)):
+            when = BEGAN + timedelta(seconds=seconds)
+            given = {"resource_id": "r", "resource": {}, "related_resource_ids": [], "related": []}
+            session.add(db.Event(id=number, event="e", occurred=when, received=when, recorded=when,
+                                 payload={}, **given))
+    for kind in (memory.CausalOrdering, CausalOrdering):
+        ordering = kind(kind.__module__)
+        await ordering.record_event_as_seen(event(handled))
+        print([await waits(ordering, leader) for leader in (before, after, uuid4(), handled)])
+
+
+asyncio.run(main())
+"""
+
+
+def test_what_an_earlier_server_saw_is_not_waited_for(tmp_path):
+    """Prefect's own order, the control, waits for it."""
+    done = subprocess.run(
+        [sys.executable, "-c", FOLLOWS],
+        env={**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT_LOGGING_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == [
+        "[True, True, True, False]",
+        "[False, True, True, False]",
+    ], done.stderr[-3000:]
+
+
+def test_the_server_takes_events_in_this_order():
+    from prefect.server.events.ordering import CausalOrderingModule
+
+    module = import_module(SERVER["PREFECT_SERVER_EVENTS_CAUSAL_ORDERING"])
+    assert isinstance(module, CausalOrderingModule)

@@ -116,6 +116,26 @@ def test_swift_products_are_the_products(rows, bias):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("bias", [True, False])
+def test_swift_products_in_half_precision_are_those_of_the_rounded_numbers(rows, bias):
+    """With weights laid out for oneDNN or, where gradients may be wanted, as they are."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 20, bias=bias).requires_grad_(False)
+    x = torch.randn(rows, 12, requires_grad=True)
+    rounded = nn.Linear(12, 20, bias=bias).requires_grad_(False)
+    rounded.load_state_dict({k: v.bfloat16() for k, v in layer.state_dict().items()})
+    want = rounded(x.bfloat16().float())
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), swift(layer, torch.bfloat16):
+            got = layer(x)
+        assert got.dtype is torch.float32
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    expected = rounded.weight.sum(0).expand(rows, -1)
+    torch.testing.assert_close(grad, expected, rtol=2**-5, atol=2**-5)
+
+
 @pytest.mark.parametrize("shape", [(30, 12), (5, 6, 12)])
 def test_swift_gradients_reach_inputs_and_layers_that_are_trained_stay_as_they_are(shape):
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ _common: dict[str, Any] = {
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_common, tie_word_embeddings=True),
     "llama_untied": lambda: LlamaConfig(**_common, tie_word_embeddings=False),
-    "qwen2": lambda: Qwen2Config(**_common, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**_common | {"num_key_value_heads": 4}, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_common, head_dim=8),
     "mistral": lambda: MistralConfig(**_common),
     "gpt2": lambda: GPT2Config(

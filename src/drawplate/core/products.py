@@ -33,6 +33,15 @@ def _onednn(values: Tensor) -> bool:
     return available and values.dtype is torch.float32 and values.device.type == "cpu"
 
 
+def _packs(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies by such a weight, and has a layout of its own for it."""
+    return (
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16)
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 def plain(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight [O, I] and bias [O], if `module` is nothing but their product with its input.
 
@@ -78,7 +87,11 @@ def _call(
     if precision not in (None, weight.dtype):
         weight = weight.to(precision)
         bias = None if bias is None else bias.to(precision)
-        return lambda x: F.linear(x.to(precision), weight, bias).to(x.dtype)
+        if torch.is_grad_enabled() or not _packs(weight):
+            return lambda x: F.linear(x.to(precision), weight, bias).to(x.dtype)
+        # Otherwise oneDNN lays the weight out anew for every product, a fifth of one of 32 rows.
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        return lambda x: _product(x.to(precision), packed, bias, "none", [], "").to(x.dtype)
     if not _onednn(weight):
         return lambda x: F.linear(x, weight, bias)
     width = weight.shape[1]

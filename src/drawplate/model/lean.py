@@ -72,8 +72,6 @@ def _watched(module: nn.Module) -> bool:
 class Lean:
     """A `Decoder` for models that `fits`; see there for the contract of its members."""
 
-    transposed = True
-
     def __init__(self, model: PreTrainedModel, horizon: int, precision: torch.dtype | None) -> None:
         core: Any = model.model
         own = model.dtype
@@ -83,6 +81,8 @@ class Lean:
         self.stored = self.stream if self.device.type == "cpu" else work
         self.heads = model.config.num_key_value_heads
         self.queries = model.config.num_attention_heads // self.heads
+        # One query takes its product with each key fastest along the key, several along the keys.
+        self.transposed = self.queries > 1
         self.blocks = [_Block(layer, own, work) for layer in core.layers]
         self.embed, self.norm = core.embed_tokens, _norm(core.norm, work)
         self.head = _product(model.lm_head, own, work)

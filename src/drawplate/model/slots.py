@@ -43,8 +43,7 @@ class Slots:
     """Places for `places` rows, of which the first `count` are taken.
 
     A row arrives with up to `longest` tokens and takes at most `more` steps. With `transposed`,
-    keys lie in memory as [K, D, T]: the product of one query with all keys then runs along it.
-    `dtype` is that of the blocks, None what the model gives.
+    keys lie in memory as [K, D, T]. `dtype` is that of the blocks, None what the model gives.
     """
 
     def __init__(

@@ -35,11 +35,10 @@ def _onednn(values: Tensor) -> bool:
 
 def _packs(weight: Tensor) -> bool:
     """Whether oneDNN multiplies by such a weight, and has a layout of its own for it."""
-    return (
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16)
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    if weight.dtype is torch.float32:
+        return _onednn(weight)
+    half: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return half and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
 
 
 def plain(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -84,22 +83,20 @@ def _call(
     weight: Tensor, bias: Tensor | None, precision: torch.dtype | None
 ) -> Callable[[Tensor], Tensor]:
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if precision not in (None, weight.dtype):
-        weight = weight.to(precision)
-        bias = None if bias is None else bias.to(precision)
-        if torch.is_grad_enabled() or not _packs(weight):
-            return lambda x: F.linear(x.to(precision), weight, bias).to(x.dtype)
+    work = weight.dtype if precision is None else precision
+    weight, bias = weight.to(work), None if bias is None else bias.to(work)
+    if precision is not None and not torch.is_grad_enabled() and _packs(weight):
         # Otherwise oneDNN lays the weight out anew for every product, a fifth of one of 32 rows.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        return lambda x: _product(x.to(precision), packed, bias, "none", [], "").to(x.dtype)
+        return lambda x: _product(x.to(work), packed, bias, "none", [], "").to(x.dtype)
     if not _onednn(weight):
-        return lambda x: F.linear(x, weight, bias)
-    width = weight.shape[1]
+        return lambda x: F.linear(x.to(work), weight, bias).to(x.dtype)
+    few = _FEW * weight.shape[1]
 
     def call(x: Tensor) -> Tensor:
-        if x.numel() < _FEW * width:
-            return F.linear(x, weight, bias)
-        return cast("Tensor", _Frozen.apply(x, weight, bias))  # type: ignore[no-untyped-call]
+        if x.numel() < few:
+            return F.linear(x.to(work), weight, bias).to(x.dtype)
+        return cast("Tensor", _Frozen.apply(x.to(work), weight, bias)).to(x.dtype)  # type: ignore[no-untyped-call]
 
     return call
 

@@ -80,8 +80,9 @@ def sample(
             chance goes on as if that call had not stopped.
         batch_size: Most rows in flight: memory against speed, without influence on the result.
         precision: In which dtype plain linear layers multiply, from copies of their weights that
-            last as long as the call; None is the model's own. Half precision is faster, and moves
-            the probabilities away from those that training in the model's own dtype computes.
+            last as long as the call; None is the model's own, without copies, which takes longer.
+            Half precision is faster, and moves the probabilities away from those that training in
+            the model's own dtype computes.
         watch: Called after every step with the rows that are done, all rows, and as metrics the
             tokens drawn so far and the rows in flight.
 

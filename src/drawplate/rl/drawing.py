@@ -58,6 +58,7 @@ class Drawing:
                 seed=seed_of(seed, *(start.number for start in starts)) if judge else seed,
                 first=mine.start,
                 batch_size=self.how.parallel,
+                precision=self.model.dtype,
             )
         self.generated += sum(self.world.gather([len(tokens) for tokens in drawn.tokens]))
         cuts = [self._line(tokens) if judge else len(tokens) for tokens in drawn.tokens]

@@ -260,6 +260,7 @@ class Reinforce:
                 first=[begun[row].number for row in mine],
                 begun=[len(begun[row].tokens) for row in mine],
                 batch_size=how.parallel,
+                precision=self.model.dtype,
             )
         found = zip(drawn.tokens, drawn.behaviour, drawn.finished, strict=True)
         grown = [begun[row].grown(*more) for row, more in zip(mine, found, strict=True)]

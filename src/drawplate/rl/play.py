@@ -257,6 +257,7 @@ class Play:
                 seed=seed_of(self.how.seed, *name),
                 first=mine.start,
                 batch_size=self.how.parallel,
+                precision=self.model.dtype,
             )
         said = [
             Said(self._text(tokens), len(tokens), finished)

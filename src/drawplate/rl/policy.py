@@ -35,7 +35,8 @@ def judge(
     logp = -token_losses(hidden, head, tokens[mask])
     with torch.no_grad():
         some = torch.split(hidden, ROWS)
-        entropy = torch.cat([torch.special.entr(head(h).softmax(-1)).sum(-1) for h in some])
+        whole = (head(h).log_softmax(-1) for h in some)
+        entropy = torch.cat([-torch.linalg.vecdot(p.exp(), p) for p in whole])
     return spread(logp, mask), spread(entropy, mask)
 
 
@@ -64,7 +65,8 @@ def _before(
 
     def head(states: Tensor) -> Tensor:
         logits = output(states)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if temperature == 1 else logits / temperature
 
     asked = mask[:, 1:]
     return hidden[line[:, None].expand_as(asked)[asked], column[:, :-1][asked]], head

@@ -1,7 +1,11 @@
-"""DVC killed at any moment: nobody goes on behind its back, and plain calls put all of it right."""
+"""DVC killed at any moment: nobody goes on behind its back, and plain calls put all of it right.
+
+And eight runners of one stage at once: one of them makes it.
+"""
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -171,3 +175,96 @@ def test_dvc_killed_at_random_moments_leaves_nothing_that_plain_calls_do_not_put
     for name in STAGES:
         for file in (quiet / "out" / name).iterdir():
             assert (project / "out" / name / file.name).read_bytes() == file.read_bytes()
+
+
+CONTESTED = TOY.replace(
+    "def body(params, inputs, run):",
+    """def body(params, inputs, run):
+    import os, uuid
+    me = uuid.uuid4().hex
+    with open("history", "a") as history:
+        history.write(f"begins {me}\\n")
+    for number in range(20):
+        (run.folder / f"by-{number}").write_text(me)
+    while not Path("go").exists():
+        time.sleep(0.05)
+    for number in range(20, 40):
+        (run.folder / f"by-{number}").write_text(me)
+    with open("history", "a") as history:
+        history.write(f"ends {me}\\n")
+""",
+)
+TASK = """
+from pathlib import Path
+from prefect import flow
+from flows.pipeline import Local, run_stage
+
+@flow
+def one():
+    return run_stage(Local(name="prepare", root=Path.cwd(), execution="task"))
+
+print(one().status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_of_eight_runners_of_one_stage_one_makes_it_and_the_others_are_told_who_does(
+    tmp_path, apart
+):
+    """DVC, the stage's own command and a Prefect task; `apart`, all in PID namespaces of their own.
+
+    Process ids say nothing there, and DVC's own lock, which consists of them, is no lock any more.
+    """
+    inside = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"] if apart else []
+    if apart and subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespaces here")
+    project = make(tmp_path / "project")
+    (project / "toy.py").write_text(CONTESTED)
+    (project / "task.py").write_text(TASK)
+    direct = [sys.executable, "toy.py", "prepare", "--out", "out/prepare"]
+    commands = [direct, [*DVC, "repro", "prepare"]] * 3 + [[sys.executable, "task.py"]] * 2
+    random.shuffle(commands)
+    patient = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
+    began = time.monotonic()
+    runners = [
+        subprocess.Popen(
+            [*inside, *command],
+            cwd=project,
+            env=environment() | patient | {"PREFECT_HOME": str(tmp_path / f"prefect-{place}")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for place, command in enumerate(commands)
+    ]
+    tasks = [runner for runner, c in zip(runners, commands, strict=True) if "task.py" in c]
+    others = [runner for runner in runners if runner not in tasks]
+    while sum(runner.poll() is None for runner in others) > (len(starts(project)) > 0):
+        assert time.monotonic() < began + 180
+        time.sleep(0.1)
+    settled = time.monotonic() - began
+    assert len(starts(project)) == 1
+    (project / "go").touch()
+    said = {runner: runner.communicate(timeout=180)[0] for runner in runners}
+    print(f"{len(others)} runners settled after {settled:.1f} s")
+    losers = [runner for runner in others if runner.returncode]
+    assert len(losers) >= len(others) - 1
+    for runner in losers:
+        assert re.search(r"by process \d+|\(PID \d+\)|acquire lock", said[runner]), said[runner]
+    # A task tries again, and takes what DVC made; what others made, DVC makes once more. Without
+    # its lock DVC may fail and say nothing, which plain calls put right.
+    assert apart or [task.returncode for task in tasks] == [0, 0], said[tasks[0]]
+    dvc(project, "repro", "prepare")
+    history = (project / "history").read_text().split()
+    made = history[1::4]
+    assert history == [word for me in made for word in ("begins", me, "ends", me)]
+    assert len(made) <= (4 if apart else 2)
+    assert {file.read_text() for file in (project / "out" / "prepare").glob("by-*")} == {made[-1]}
+
+
+def starts(project):
+    """Who began to make the stage."""
+    history = project / "history"
+    return re.findall(r"begins (\w+)", history.read_text()) if history.exists() else []

@@ -36,9 +36,9 @@ QUICK = {
     "pretrain": ("training.steps=40", "training.save_every=40"),
     "compress": ("calibration.rows=16", "recover=null"),
     "quantize": ("calibration.rows=16",),
-    "finetune": ("steps=3", "prompts=8", "samples=4"),
+    "finetune": ("steps=2", "prompts=2", "samples=12"),
     "evaluate": (
-        *("documents=20", "problems=40", "samples=1", "passes=[1]"),
+        *("documents=10", "problems=40", "samples=1", "passes=[1]"),
         *("max_new=64", "probe=null"),
     ),
     "evaluate.runtime": ("probe={repeats: 1}",),

@@ -81,7 +81,9 @@ def bench(
         "corpus": content_hash(corpus),
     }
     record = _opened(out, json.loads(json.dumps(request)))
-    ground = Ground(made.stage, model, corpus, out / "work", execution)
+    # A process of its own sends what a stage logs: as long as a quick contender takes.
+    theirs = execution.model_copy(update={"tracking": execution.tracking and not quick})
+    ground = Ground(made.stage, model, corpus, out / "work", theirs)
     prepare_process()
     with _logged(what, execution) as log:
         for seed in range(request["seeds"]):
@@ -200,7 +202,7 @@ def _told(out: Path, made: Plan, record: Tree) -> str:
 
 @contextmanager
 def _logged(what: str, execution: Execution) -> Iterator[Any]:
-    """Stages log below one run, which gets what the comparison found."""
+    """One run, which gets what the comparison found; stages that are tracked log below it."""
     if not execution.tracking:
         yield lambda out, made, record: None
         return

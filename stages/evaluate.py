@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
 from drawplate import lineage
+from drawplate.core.calibration import open_corpus
 from drawplate.core.corpus import Corpus
+from drawplate.core.hf import load_tokenizer
 from drawplate.core.method import Frozen
+from drawplate.data.baselines import gzip_bits
 from drawplate.evaluate.driver import Model
 from drawplate.evaluate.driver import evaluate as measure
 from drawplate.evaluate.page import Story
@@ -27,8 +31,8 @@ class Inputs(Frozen):
 
     model: tuple[Path, ...] = Field(
         min_length=1,
-        description="Model folder; several in order, parents before children. One whose lineage "
-        "does not name its parent is compared with the one before it.",
+        description="Model folder; several in order, parents before children. Each is compared "
+        "with the nearest one that its lineage names, without lineage with the one before it.",
     )
     corpus: Path = Field(description="Folder that prepare wrote.")
 
@@ -43,14 +47,15 @@ class Report(Frozen):
 def body(params: Evaluate, inputs: Inputs, run: Run) -> Report:
     """Measures, compares and writes the report."""
     corpus = Corpus(inputs.corpus)
+    for folder in inputs.model:
+        open_corpus(inputs.corpus, load_tokenizer(folder), text=False)
     progress = run.part("evaluate")
-    told = json.loads((inputs.corpus / "report.json").read_bytes())
     evaluation = measure(
         related(inputs.model),
         corpus,
         problems(corpus, "heldout").score,
         params,
-        baselines={name: told[f"{name}_bits_per_byte"] for name in ("gzip", "bigram")},
+        baselines=partial(baselines, corpus),
         device=str(device_of(run)),
         watch=lambda step, total, _: progress(step, total, {}),  # the report has the figures
     )
@@ -59,14 +64,28 @@ def body(params: Evaluate, inputs: Inputs, run: Run) -> Report:
     return Report(**evaluation.report.headlines())
 
 
+def baselines(corpus: Corpus, numbers: Sequence[int]) -> dict[str, float]:
+    """Bits per byte of these held-out texts by gzip, and by a bigram of the training text."""
+    texts, bits = corpus.documents("text-heldout"), corpus.bigram_bits()
+    chosen = [texts[number] for number in numbers]
+    size = sum(len(text.encode()) for text in chosen)
+    return {"gzip": gzip_bits(chosen), "bigram": sum(bits[i] for i in numbers) / size}
+
+
 def related(folders: Sequence[Path]) -> list[Model]:
-    """Each model with its parent: the one its lineage names, else the one before it."""
+    """Each model with its parent: the nearest listed one that its lineage names.
+
+    Where lineage names no model at all, it is the one before; where it names others, there is none.
+    """
     named: dict[str, str] = {}
     models: list[Model] = []
     for folder in folders:
-        earlier = models[-1].name if models else None
-        recorded = lineage.read(folder).node.parents.get("model")
-        parent = named.get(recorded, earlier) if recorded else earlier
+        trail = lineage.read(folder)
+        recorded = trail.node.parents.get("model")
+        parent = models[-1].name if models and recorded is None else None
+        while recorded is not None and parent is None:
+            parent = named.get(recorded)
+            recorded = trail.ancestors[recorded].parents.get("model")
         models.append(Model(folder.name, folder, parent))
         named[lineage.content_hash(folder)] = folder.name
     return models

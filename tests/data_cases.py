@@ -68,6 +68,7 @@ def write_world(folder: Path) -> None:
             "text": pyarrow.array(TEXTS, kind),
             "title": pyarrow.array([t[:5] for t in TEXTS]).dictionary_encode(),
             "n": pyarrow.array([1, 2, 3]),
+            "lines": pyarrow.array([[t] for t in TEXTS]),
         }
         parquet.write_table(pyarrow.table(columns), tables / f"{name}.parquet")
     hub = folder / "hub"

@@ -41,7 +41,8 @@ def corpus(folder: Path) -> Corpus:
     write_stream(
         folder, "problems-heldout", (([*ids, 5, 6], len(ids)) for ids in asked), len(tokenizer)
     )
-    write_lines(folder / "text-heldout.jsonl", ({"text": text} for text in texts))
+    rows = [{"text": text, "bigram_bits": 3.0 * i} for i, text in enumerate(texts)]
+    write_lines(folder / "text-heldout.jsonl", rows)
     problems = [
         {"task": TASKS[i % 2], "id": f"{i:016x}", "prompt": prompts[i], "answer": str(2 * i + 1)}
         for i in range(10)

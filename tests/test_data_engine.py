@@ -1,6 +1,7 @@
 """Whoever reads the parts, the corpus is the same."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -113,6 +114,17 @@ def test_finished_parts_are_not_read_again(raw, wanted, tmp_path, engine):
     assert made(raw, tmp_path / "out", engine, tmp_path) == wanted
     again = [path.stat().st_mtime_ns for path in finished]
     assert [a == b for a, b in zip(times, again, strict=True)] == [True, False, *[True] * 7]
+
+
+def test_a_part_is_read_again_where_its_file_changed(raw, tmp_path):
+    """Also where another file before it takes its number."""
+    copied = shutil.copytree(raw, tmp_path / "raw")
+    with pytest.raises(UserError, match="missing"):
+        made(copied, tmp_path / "no", None, tmp_path, tokenizer=tmp_path / "missing")
+    (copied / "1.txt").write_text("words that were not there before")
+    (copied / "0a.txt").write_text("and a new file of many words")
+    again = made(copied, tmp_path / "again", None, tmp_path)
+    assert again == made(copied, tmp_path / "afresh", None)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=repr)

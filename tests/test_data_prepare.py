@@ -59,9 +59,9 @@ def spec(folder, **given):
     }
 
 
-def run(folder, out, **given):
+def run(folder, out, work=None, **given):
     out.mkdir()
-    return prepare(Prepare.model_validate(spec(folder, **given)), out)
+    return prepare(Prepare.model_validate(spec(folder, **given)), out, work=work)
 
 
 def digest(folder):
@@ -265,6 +265,15 @@ def test_a_planted_problem_stops_the_preparation(made, folder, tmp_path, form):
     assert repr(prompt) in message
     assert f"{tmp_path}/raw/c.jsonl:1" in message
     assert "\n" not in message
+
+
+def test_a_refusal_leaves_the_whole_account(made, folder, tmp_path):
+    plant(made, folder, tmp_path / "raw", "{1}")
+    (tmp_path / "work").mkdir()
+    with pytest.raises(Contaminated, match=r"work/contamination\.json lists all"):
+        run(tmp_path / "raw", tmp_path / "out", work=tmp_path / "work")
+    account = json.loads((tmp_path / "work" / "contamination.json").read_text())
+    assert [row["place"] for row in account["found"]] == [f"{tmp_path}/raw/c.jsonl:1"]
 
 
 def test_the_same_text_without_the_problem_passes(made, folder, tmp_path):

@@ -87,6 +87,7 @@ def test_parameters_survive_json(method, world):
     [
         ("parquet", {"column": "body"}, "text, title"),
         ("parquet", {"column": "n"}, "text, title"),
+        ("parquet", {"column": "lines"}, "text, title"),
         ("hub", {"column": "body"}, "text, title"),
         ("hub", {"split": "dev"}, "dev"),
         ("hub", {"config": "french"}, "french"),

@@ -186,10 +186,16 @@ def test_only_parents_that_are_still_needed_stay_in_memory(world, monkeypatch):
     assert max(counts) <= 2
 
 
-def test_baselines_are_passed_on(world):
+def test_baselines_are_of_the_texts_that_models_read(world):
     folder, _ = world
-    report = again(folder, baselines={"gzip": 2.5}).report
-    assert report.metrics()["baseline.gzip.bits_per_byte"] == 2.5
+    for documents, numbers in ((None, [*range(7)]), (3, [0, 2, 4])):
+        params = SMALL.model_copy(update={"documents": documents})
+        report = again(
+            folder, params, baselines=lambda n: {"sum": float(sum(n)), "n": len(n)}
+        ).report
+        told = report.metrics()
+        assert told["baseline.n.bits_per_byte"] == len(numbers) == report.rows[0].quality.documents
+        assert told["baseline.sum.bits_per_byte"] == sum(numbers)
 
 
 @pytest.mark.parametrize(

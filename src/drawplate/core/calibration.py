@@ -76,8 +76,9 @@ def open_corpus(path: Path, tokenizer: Any, text: bool = True) -> Corpus | TextC
     corpus = Corpus(path)
     if corpus.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"{path} was cut with another tokenizer than the model's; run prepare with "
-            f"prepare.tokenizer set to the model's folder{', or give plain text' if text else ''}"
+            f"{path} was cut with another tokenizer than that of {tokenizer.name_or_path}; run "
+            "prepare with prepare.tokenizer set to that folder"
+            f"{', or give plain text' if text else ''}"
         )
     return corpus
 

@@ -5,7 +5,7 @@
     {text,problems}-{train,heldout}/tokens.bin     all documents, one after another
                                     offsets.npy    where each begins, and where the last one ends
                                     prompts.npy    how many tokens of each are a prompt (0 for text)
-    text-heldout.jsonl              the raw texts, for bits per byte
+    text-heldout.jsonl              the raw texts, and what a bigram needs for each
     problems-{train,heldout}.jsonl  the problems with their worked solutions
 
 Every document ends in the end token. Numbers are little-endian: tokens uint16, or uint32 for more
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from drawplate.core.errors import Damaged, UserError
 
-FORMAT = 1
+FORMAT = 2
 STREAMS = ("text-train", "text-heldout", "problems-train", "problems-heldout")
 
 Split = Literal["train", "heldout"]
@@ -98,6 +98,10 @@ class Corpus:
         """
         lines = read_lines(self.folder / f"{self._known(name, ('text-heldout',))}.jsonl")
         return [line["text"] for line in lines]
+
+    def bigram_bits(self) -> list[float]:
+        """What a bigram of the training text's bytes needs for each text of `text-heldout`."""
+        return [line["bigram_bits"] for line in read_lines(self.folder / "text-heldout.jsonl")]
 
     def problems(self, split: Split) -> list[dict[str, Any]]:
         """Problems with `task`, `id`, `prompt`, `answer`, `entry`, `style` and `solution`.

@@ -166,6 +166,8 @@ def prepare(
             text.
         Contaminated: training data holds a held-out problem.
     """
+    # Before anything is read: what a kept part was read from, and what the lineage will say.
+    origins = [source.origin() for source in params.sources]
     with tempfile.TemporaryDirectory() as nowhere:
         read, documents, bad = _read(params, engine or Here(), work or Path(nowhere))
     watch(1, STEPS, {"read": read, "quarantined": len(bad)})
@@ -182,7 +184,7 @@ def prepare(
     problems = _problems(params)
     watch(3, STEPS, {split: len(found) for split, found in problems.items()})
 
-    asking = _gate(params, texts["train"], problems, folder / "contamination.json")
+    asking = _gate(params, texts["train"], problems, folder, work)
     texts["train"] = [text for place, text in enumerate(texts["train"]) if place not in asking]
     for split, found in texts.items():
         if not found:
@@ -209,7 +211,14 @@ def prepare(
         pairs[f"text-{split}"] = [("", document.text) for document in texts[split]]
         pairs[f"problems-{split}"] = [(row["prompt"], row["solution"]) for row in asked[split]]
     raw = {split: [text for _, text in pairs[f"text-{split}"]] for split in SPLITS}
-    write_lines(folder / "text-heldout.jsonl", ({"text": text} for text in raw["heldout"]))
+    bigram = bigram_bits(raw["train"], raw["heldout"])
+    write_lines(
+        folder / "text-heldout.jsonl",
+        (
+            {"text": text, "bigram_bits": bits}
+            for text, bits in zip(raw["heldout"], bigram, strict=True)
+        ),
+    )
 
     if params.tokenizer:
         tokenizer = adopt(params.tokenizer)
@@ -217,7 +226,7 @@ def prepare(
         learned = pairs["text-train"] + pairs["problems-train"]
         tokenizer = train((part for pair in learned for part in pair), params.vocabulary)
     tokenizer.save_pretrained(folder / "tokenizer")
-    write_facts(folder, _facts(params, tokenizer))
+    write_facts(folder, _facts(params, origins, tokenizer))
     watch(5, STEPS, {"vocabulary": len(tokenizer)})
 
     offsets = {
@@ -246,7 +255,7 @@ def prepare(
         vocabulary=len(tokenizer),
         bytes_per_token=size["heldout"] / int(offsets["text-heldout"][-1]),
         gzip_bits_per_byte=gzip_bits(raw["heldout"]),
-        bigram_bits_per_byte=bigram_bits(raw["train"], raw["heldout"]),
+        bigram_bits_per_byte=sum(bigram) / size["heldout"],
     )
     (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     watch(6, STEPS, {"train_tokens": report.train_tokens, "problem_tokens": report.problem_tokens})
@@ -256,10 +265,11 @@ def prepare(
 def _read(params: Prepare, engine: Engine, work: Path) -> tuple[int, list[Document], list[Bad]]:
     """All records in the order of the sources, whoever read them in whatever order."""
     parts = tuple(part for source in params.sources for part in source.parts())
-    engine.run(partial(_read_part, parts, params.longest, work), len(parts), work / "engine")
+    places = tuple(work / _name(number, part, params.longest) for number, part in enumerate(parts))
+    engine.run(partial(_read_part, parts, places, params.longest), len(parts), work / "engine")
     documents, bad = [], []
-    for number in range(len(parts)):
-        for row in read_lines(_place(work, number)):
+    for place in places:
+        for row in read_lines(place):
             if "text" in row:
                 documents.append(Document(**row))
             else:
@@ -267,9 +277,9 @@ def _read(params: Prepare, engine: Engine, work: Path) -> tuple[int, list[Docume
     return len(documents) + len(bad), documents, bad
 
 
-def _read_part(parts: Sequence[Source], longest: int, work: Path, number: int) -> None:
+def _read_part(parts: Sequence[Source], places: Sequence[Path], longest: int, number: int) -> None:
     """Reads and vets one part into a file of its own, unless that is there already."""
-    place = _place(work, number)
+    place = places[number]
     if place.exists():
         return
     vetted = (vet(record, longest) for record in parts[number].read(longest))
@@ -278,8 +288,10 @@ def _read_part(parts: Sequence[Source], longest: int, work: Path, number: int) -
     half.replace(place)
 
 
-def _place(work: Path, number: int) -> Path:
-    return work / f"part-{number:06}.jsonl"
+def _name(number: int, part: Source, longest: int) -> str:
+    """The file of a part that was read; another one if what it is read from changes."""
+    origin = json.dumps(part.origin(), sort_keys=True)
+    return f"part-{number:06}-{seed_of(part.model_dump_json(), origin, longest):016x}.jsonl"
 
 
 def _told(documents: Sequence[Document], repeats: Mapping[int, Repeat]) -> Iterator[dict[str, Any]]:
@@ -376,9 +388,13 @@ def _gate(
     params: Prepare,
     texts: Sequence[Document],
     problems: Mapping[Split, Sequence[Problem]],
-    path: Path,
+    folder: Path,
+    work: Path | None,
 ) -> set[int]:
-    """The training texts to leave out, if that is wanted; otherwise there are none."""
+    """The training texts to leave out, if that is wanted; otherwise there are none.
+
+    The account is part of the corpus in `folder`, or of `work` where there will be no corpus.
+    """
     heldout, training = problems["heldout"], problems["train"]
     repeated = in_problems(heldout, training)
     asked = in_texts(heldout, [text.text for text in texts], params.window)
@@ -394,13 +410,18 @@ def _gate(
         "contaminated_text": params.contaminated_text,
         "found": _shown(found),
     }
-    _write_account(path, account)
+    _write_account(folder / "contamination.json", account)
     if repeated or (asked and params.contaminated_text == "refuse"):
+        listed = ""
+        if work is not None:
+            _write_account(work / "contamination.json", account)
+            listed = f" ({work / 'contamination.json'} lists all)"
         count = len({problem.id for problem, _ in found})
         first = "; ".join(f"{p.prompt.strip()!r} in {place}" for p, place in found[:3])
         raise Contaminated(
-            f"{count} of {len(heldout)} held-out problems are in the training data: {first}; "
-            "take them out of the sources, or set prepare.contaminated_text to drop"
+            f"{count} of {len(heldout)} held-out problems are in the training data: "
+            f"{first}{listed}; take them out of the sources, or set "
+            "prepare.contaminated_text to drop"
         )
     return {hit.place for hit in asked}
 
@@ -437,11 +458,14 @@ def _coded(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[l
         yield [*prompt, *rest, tokenizer.eos_token_id], len(prompt)
 
 
-def _facts(params: Prepare, tokenizer: Any) -> dict[str, Any]:
+def _facts(params: Prepare, origins: Sequence[dict[str, str]], tokenizer: Any) -> dict[str, Any]:
     return {
         "vocabulary": len(tokenizer),
         "end": tokenizer.eos_token_id,
         "pad": tokenizer.pad_token_id,
-        "sources": [{"name": source.name, "origin": source.origin()} for source in params.sources],
+        "sources": [
+            {"name": source.name, "origin": origin}
+            for source, origin in zip(params.sources, origins, strict=True)
+        ],
         "tasks": [task.model_dump(mode="json") for task in params.tasks],
     }

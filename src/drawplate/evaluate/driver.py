@@ -8,7 +8,7 @@ item. Only models that are still needed as a parent stay in memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +74,8 @@ class _Inputs:
         text, texts = corpus.stream("text-heldout"), corpus.documents("text-heldout")
         self.documents: Documents = []
         self.sizes: list[int] = []
-        for i in _evenly("documents", params.documents or len(texts), len(texts)):
+        self.texts = _evenly("documents", params.documents or len(texts), len(texts))
+        for i in self.texts:
             self.documents.append(text.tokens[text.offsets[i] : text.offsets[i + 1]])
             self.sizes.append(len(texts[i].encode()))
         asked, every = corpus.stream("problems-heldout"), corpus.problems("heldout")
@@ -127,7 +128,7 @@ def evaluate(
     score: Score,
     params: Evaluate,
     *,
-    baselines: Mapping[str, float] | None = None,
+    baselines: Callable[[Sequence[int]], Mapping[str, float]] = lambda texts: {},
     device: str = "cpu",
     watch: Watch = silent,
 ) -> Evaluation:
@@ -138,7 +139,8 @@ def evaluate(
         corpus: held-out text and problems, and their tokenizer.
         score: (number in `corpus.problems("heldout")`, answer) -> [0, 1]; 1 is correct.
         params: what to measure.
-        baselines: bits per byte of other predictors of the same held-out text, by name.
+        baselines: (numbers in `corpus.documents("text-heldout")`) -> bits per byte of other
+            predictors of these texts, by name.
         device: where models run.
         watch: told after each model, with its figures.
 
@@ -178,7 +180,7 @@ def evaluate(
             examine(name, one.drawn, versus.get(name, ()), params.health)
             for name, one in found.items()
         ),
-        baselines=dict(baselines or {}),
+        baselines=dict(baselines(given.texts)),
         machine={
             one.name: measure(
                 one.folder, probe, device, params.runtime, given.opening(probe.prompt)[0].tolist()

@@ -2,7 +2,8 @@
 
 Source: RFC 8259; no paper.
 Deviation: stricter than Python's parser, which lets through what other readers refuse or read
-differently: NaN and infinities, numbers beyond float64, a key given twice. Nesting stops at 100.
+differently: NaN and infinities, fractions and powers beyond float64 (whole numbers may have any
+length), a key given twice. Nesting stops at 100.
 Cost: one pass in bounded memory, and one more for the files' sha256.
 """
 

@@ -58,7 +58,7 @@ class Parquet(FileSource):
             field.name
             for field in schema
             if any(
-                test(getattr(field.type, "value_type", field.type))
+                test(field.type.value_type if types.is_dictionary(field.type) else field.type)
                 for test in (types.is_string, types.is_large_string, types.is_string_view)
             )
         ]

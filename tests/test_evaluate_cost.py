@@ -1,5 +1,6 @@
 """Bytes, multiply-adds, memory and speed."""
 
+import shutil
 import sys
 
 import pytest
@@ -79,8 +80,16 @@ def test_stored_bytes_of_several_files_add_up(tmp_path):
     assert stored_bytes(tmp_path) == sum(p.numel() * 4 for p in model.parameters())
 
 
+def test_other_files_beside_the_model_are_not_the_model(tmp_path):
+    save(tiny.model(), tmp_path)
+    own = stored_bytes(tmp_path)
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "model.safetensors", tmp_path / name)
+    assert stored_bytes(tmp_path) == own
+
+
 def test_folders_without_whole_weights_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no weights in safetensors files"):
+    with pytest.raises(UserError, match=r"no model\.safetensors; expected weights"):
         stored_bytes(tmp_path)
     save(tiny.model(), tmp_path)
     file = tmp_path / "model.safetensors"

@@ -129,6 +129,15 @@ def test_batch_tokens_bounds_what_a_model_sees_at_once():
     assert max(widths) > 20
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_is_that_of_a_model_stored_in_16_bits_too(dtype):
+    model, texts = tiny.model().to(dtype), documents()
+    low = loss(model, texts, sizes(texts), END, EXACT.model_copy(update={"precision": "bf16"}))
+    high = loss(model, texts, sizes(texts), END, EXACT)
+    wide = loss(model.float(), texts, sizes(texts), END, EXACT)
+    assert high.nats.tolist() == wide.nats.tolist() != low.nats.tolist()
+
+
 def test_bf16_is_close():
     model, texts = tiny.model(), documents(lengths=(60,) * 6)
     low = EXACT.model_copy(update={"precision": "bf16"})

@@ -98,7 +98,9 @@ def load(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedMod
     if (folder / MANIFEST).exists():
         verify(folder)
     try:
-        _weights_inside(folder)
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt"):  # refuses one that is cut short
+                pass
         foreign = _config(folder)
         _refuse_other_quantization(folder, foreign)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -210,20 +212,23 @@ def _config(folder: Path) -> Any:
         raise UserError(f"{file}: transformers cannot use this: {_line(error)}{zeros}") from None
 
 
-def _weights_inside(folder: Path) -> None:
-    """Refuses an index that points outside the folder, and shards that are cut short."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model is loaded from; others may lie beside them.
+
+    Raises:
+        UserError: one is missing.
+        Damaged: the index points outside the folder.
+    """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in names:
-        file = folder / name
         if Path(name).name != name:
             raise Damaged(f"{index}: points outside the folder: {name!r}")
-        if not file.is_file():
+        if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; expected weights in safetensors files")
-        with safe_open(file, framework="pt"):
-            pass
+    return [folder / name for name in names]
 
 
 def _refuse_other_quantization(folder: Path, config: Any) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 
 import drawplate
 from drawplate.core.errors import Damaged, DrawplateError, Exhausted, NotFinite, UserError
+from drawplate.core.hf import weight_files
 from drawplate.core.method import Frozen, OneOf
 from drawplate.edits.quantized_embedding import QuantizedTable
 from drawplate.model.runtime import Runtime
@@ -32,7 +33,7 @@ class Cost(Frozen):
     """What holds on every machine."""
 
     stored_bytes: int
-    """Bytes of all tensors in the folder's safetensors files; a shared tensor is stored once."""
+    """Bytes of all tensors in the model's safetensors files; a shared tensor is stored once."""
     macs: int
     """Multiply-adds of weights that one token takes, the output head included."""
 
@@ -86,16 +87,13 @@ class Machine(Frozen):
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of all tensors in the safetensors files of `folder`, headers not counted.
+    """Bytes of all tensors in the safetensors files of the model in `folder`, headers not counted.
 
     Raises:
         UserError: there is no such file.
         Damaged: one is not a valid safetensors file.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no weights in safetensors files")
-    return sum(_payload(file) for file in files)
+    return sum(_payload(file) for file in weight_files(folder))
 
 
 def _payload(file: Path) -> int:

@@ -277,7 +277,9 @@ class _Reader:
 
     def __init__(self, model: nn.Module, precision: Precision):
         dtype = choose(precision, next(model.parameters()).device)
-        if dtype is torch.bfloat16 and any(p.dtype is not dtype for p in model.parameters()):
+        # Doubles meet what float32 asks for; bf16 is asked for to be fast.
+        kept = {dtype} if dtype is torch.bfloat16 else {dtype, torch.float64}
+        if any(p.dtype not in kept for p in model.parameters()):
             model = deepcopy(model)
             convert(model, dtype)
             for module in model.modules():

@@ -61,7 +61,7 @@ def one_seed(seed: int, home: Path, changes: list[str]) -> dict[str, float]:
     """All stages with `seed`; returns the evaluation's figures and each stage's seconds."""
     figures: dict[str, float] = {}
     for stage, arguments in STAGES.items():
-        command = [sys.executable, "-m", f"stages.{stage}", *arguments]
+        command = [sys.executable, "-m", "stages", stage, *arguments]
         command += ["--params", str(ROOT / "params.yaml"), "--metrics", f"metrics/{stage}.json"]
         own = [change for change in changes if change.startswith(f"{stage}.")]
         for change in [

@@ -57,7 +57,7 @@ def trained(seed: int, home: Path) -> tuple[Any, Tensor, Tensor]:
     ):
         own = [f"{stage}.seed={seed}"] + [each for each in MODEL if each.startswith(f"{stage}.")]
         own += [f"pretrain.training.seed={seed}"] if stage == "pretrain" else []
-        command = [sys.executable, "-m", f"stages.{stage}", *arguments]
+        command = [sys.executable, "-m", "stages", stage, *arguments]
         command += ["--params", str(ROOT / "params.yaml")]
         for change in [*own, "execution.tracking=false"]:
             command += ["-S", change]

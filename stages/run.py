@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import click
 from pydantic import Field
 
+import drawplate
 from drawplate.core.errors import DrawplateError, Exhausted, UserError, naming
 from drawplate.core.method import Frozen
 from drawplate.core.progress import Watch
@@ -211,7 +212,8 @@ class Stage(Generic[P, I, R]):
             environment=lineage.environment(threads, world.size),
         )
         trail = lineage.trace(node, folders)
-        key = hashlib.sha256(trail.node.model_dump_json().encode()).hexdigest()[:16]
+        begun = f"{trail.node.model_dump_json()}{code(ROOTS)}"
+        key = hashlib.sha256(begun.encode()).hexdigest()[:16]
         beside = out.resolve().parent / STATE
         state = Path(os.environ.get("DRAWPLATE_STATE") or beside).resolve()
         work = state / f"{self.name}-{key}"
@@ -404,6 +406,23 @@ def _first_line(error: BaseException) -> str:
 def _git(*arguments: str) -> str:
     found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     return found.stdout.strip() if found.returncode == 0 else ""
+
+
+ROOTS = (Path(drawplate.__file__).parent, Path(__file__).parent)
+"""Where the code of stages lies."""
+
+
+def code(roots: Sequence[Path]) -> str:
+    """Digest of the Python files below `roots`.
+
+    Part of the name of a stage's work folder: what other code began is not gone on with.
+    """
+    found = hashlib.sha256()
+    for root in roots:
+        for file in sorted(root.rglob("*.py")):
+            content = file.read_bytes()
+            found.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()
 
 
 def _threads(execution: Execution, world: World) -> int:

@@ -97,6 +97,26 @@ def test_a_failure_leaves_the_earlier_output_as_it_was(tmp_path, source):
     assert lineage.content_hash(out) == before
 
 
+def test_what_other_code_began_is_not_gone_on_with(tmp_path, source, monkeypatch):
+    written = tmp_path / "code"
+    (written / "inner").mkdir(parents=True)
+    (written / "inner" / "leaf.py").write_text("one = 1")
+    monkeypatch.setattr("stages.run.ROOTS", (written,))
+    works = []
+
+    def fails(params, inputs, run):
+        works.append(run.work)
+        raise UserError("seen")
+
+    for change in ("", "notes.txt", "inner/leaf.py", "inner/new.py"):
+        if change:
+            (written / change).write_text("two = 2")
+        with pytest.raises(UserError, match="seen"):
+            replace(stage, body=fails)(Knobs(), Inputs(source=source), tmp_path / "out")
+    assert works[0] == works[1]
+    assert len(set(works)) == 3
+
+
 def test_a_damaged_input_is_refused_before_any_work(tmp_path, source):
     (source / "manifest.json").write_text("{}")
     with pytest.raises(Exception, match="manifest"):

@@ -16,6 +16,7 @@ from drawplate.compress import joint
 from drawplate.compress.driver import Compress, compress
 from drawplate.compress.factor import Factor
 from drawplate.compress.grouping import Grouping
+from drawplate.compress.grouping.exact import Exact
 from drawplate.compress.method.shared import Shared
 from drawplate.compress.recover import chosen, recover
 from drawplate.core.blocks import Site
@@ -362,6 +363,23 @@ def test_head(tmp_path):
     assert ledger.rows[-1].edit == "shared"
     save(model, tmp_path / "out")
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
+
+
+def test_a_layer_without_a_possible_partner_is_not_sketched(monkeypatch):
+    """An output head has as many rows as the vocabulary: W W^T of it may not fit."""
+    sketched, sketch = [], Exact.sketch
+
+    def watched(self, matrix, rank):
+        sketched.append(len(matrix))
+        return sketch(self, matrix, rank)
+
+    monkeypatch.setattr(Exact, "sketch", watched)
+    method = {"name": "shared", "grouping": {"name": "exact", "error": 0.9}}
+    params = Compress.model_validate({"ratio": 0.4, "method": method, "head": True})
+    model = tiny.model("llama_untied")
+    compress(model, tiny.tokens(), params, batch=4)
+    assert sketched
+    assert model.config.vocab_size not in sketched
 
 
 def test_macs_are_those_of_two_factors_each():

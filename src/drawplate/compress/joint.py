@@ -125,7 +125,8 @@ def pools(method: Joint, members: Sequence[Member], budget: int) -> list[Pool]:
         factored = [p for p in places if levels[p] < len(profiles[p].units) - 1]
         ranks = [int(profiles[p].units[levels[p]]) for p in factored]
         rank = round(sum(ranks) / len(ranks)) if ranks else 0
-        waiting, grouping = places if rank else [], method.grouping
+        # A sketch of one layer alone would be in vain, and an output head's is [V, V].
+        waiting, grouping = places if rank and len(places) > 1 else [], method.grouping
         while waiting and grouping.error**2 > ROUNDING:
             rejected: list[int] = []
             for numbers in grouping.groups([scaled[p] for p in waiting], rank):

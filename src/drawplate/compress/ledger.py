@@ -18,13 +18,15 @@ class Row(Frozen):
     edit: str
     """Name of the edit, "" where the layer was left as it stands."""
     units: int
-    """Ranks, members of each group, or directions of the residual stream, that stay."""
+    """Ranks, members of each group, or directions of the residual stream, that stay; the full rank
+    of a layer that was left as it stands."""
     sparsity: float
     """Share of the layer's dense matrix that is exactly zero."""
     weight_error: float
     """|W - W'|^2 / |W|^2."""
     activation_error: float
-    """E |(W - W') x|^2 / E |W x|^2 on calibration tokens, x as the compressed model has it."""
+    """E |(W - W') x|^2 / E |W x|^2 on calibration tokens, x as the compressed model has it; where
+    the residual stream is cut, as the model had it before."""
     bytes_before: int
     bytes_after: int
     seconds: float = Field(0.0, exclude=True)

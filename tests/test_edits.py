@@ -181,7 +181,7 @@ def test_everything_survives_a_fresh_process(tmp_path):
     """Plain `from_pretrained` in another process gives equal logits, for every architecture."""
     ids, expected = tiny.tokens(2, 9), {}
     torch.save(ids, tmp_path / "ids.pt")
-    for kind in tiny.CONFIGS:
+    for kind in tiny.CONFIGS | tiny.FILLING:
         model = tiny.model(kind)
         everything(model)
         hf.save(model, tmp_path / "models" / kind)
@@ -193,7 +193,7 @@ def test_everything_survives_a_fresh_process(tmp_path):
         assert torch.equal(loaded, logits), kind
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", tiny.CONFIGS | tiny.FILLING)
 def test_saving_twice_gives_the_same_files(kind, tmp_path):
     model = tiny.model(kind)
     everything(model)

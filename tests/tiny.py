@@ -5,7 +5,11 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconH1Config,
     GPT2Config,
+    GPTBigCodeConfig,
+    GPTJConfig,
+    GPTNeoConfig,
     LlamaConfig,
     MistralConfig,
     PhiConfig,
@@ -38,6 +42,26 @@ CONFIGS = {
     ),
     "phi": lambda: PhiConfig(**_common),
 }
+_gpt: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FILLING = {
+    "gpt_neo": lambda: GPTNeoConfig(
+        **_gpt, attention_types=[[["global", "local"], 1]], window_size=5
+    ),
+    "gptj": lambda: GPTJConfig(**_gpt, rotary_dim=4),
+    "gpt_bigcode": lambda: GPTBigCodeConfig(**_gpt),
+    "falcon_h1": lambda: FalconH1Config(
+        **_common, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, ssm_multipliers=[0.5] * 5
+    ),
+}
+"""What they compute with is partly in no file, or a weight is initialised by its parent."""
 
 
 def model(
@@ -45,7 +69,7 @@ def model(
 ) -> PreTrainedModel:
     """A random decoder in float32 and evaluation mode; its weights are large enough to matter."""
     torch.manual_seed(seed)
-    config = CONFIGS[kind]()
+    config = (CONFIGS | FILLING)[kind]()
     config.vocab_size, config.max_position_embeddings = vocabulary, context
     made = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -30,6 +30,8 @@ from drawplate.core.artifact import MANIFEST, verify
 from drawplate.core.errors import Damaged, UserError
 
 METHOD = "drawplate"
+_FILLED: Any = torch.empty(0)
+_FILLED._is_hf_initialized = True
 
 
 @register_quantization_config(METHOD)
@@ -51,12 +53,17 @@ class EditsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for edit in edits.parse(self.quantization_config.edits):
             edit.install(model)
-            # Some architectures initialise a child's `weight` from its parent; a stand-in has none.
-            # All tensors are read from the file, so nothing above an edit needs initialising.
-            parts = edit.module.split(".")
-            for depth in range(len(parts)):
-                above = model.get_submodule(".".join(parts[:depth]))
-                cast("Any", above)._is_hf_initialized = True
+        # What is in no file (angles, masks) transformers computes anew, module by module, and some
+        # architectures initialise a child's `weight` there as well. A stand-in has none: until all
+        # is loaded it gets one that counts as read from the file, which leaves it alone.
+        for module in model.modules():
+            if isinstance(module, edits.StandIn):
+                cast("Any", module).weight = _FILLED
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, edits.StandIn):
+                del module.weight
 
     def param_needs_quantization(self, *_: Any, **__: Any) -> bool:
         """No: what is stored is what is used."""

@@ -133,16 +133,40 @@ def test_a_folder_that_was_never_published_is_refused(tmp_path: Path) -> None:
             verify(folder)
 
 
-def test_foreign_folders_and_files_are_never_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "beside",
+    [
+        None,
+        "",
+        "no JSON",
+        "[1]",
+        "{}",
+        '{"name": "an app"}',
+        '{\n "schema_version": 1,\n "name": ""}',
+    ],
+)
+def test_foreign_folders_and_files_are_never_replaced(tmp_path: Path, beside: str | None) -> None:
+    """Neither where another program's `manifest.json` lies beside the files."""
     precious = tmp_path / "home"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
+    if beside is not None:
+        (precious / MANIFEST).write_text(beside)
     for folder, words in ((precious, "did not write"), (precious / "thesis.txt", "is a file")):
         with pytest.raises(UserError, match=words):
             write(folder)
     assert (precious / "thesis.txt").read_text() == "years"
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty")
+
+
+def test_a_folder_of_ours_is_replaced_also_when_its_manifest_is_damaged(tmp_path: Path) -> None:
+    whole = (write(tmp_path / "x", "old") / MANIFEST).read_bytes()
+    for wrong in (whole[:60], whole[:-1], whole + b"?", whole.replace(b"256", b"257")):
+        folder = write(tmp_path / "x", "old")
+        (folder / MANIFEST).write_bytes(wrong)
+        assert content(write(folder, "new")) == "new"
+        verify(folder)
 
 
 def test_links_and_reserved_names_are_refused(tmp_path: Path) -> None:

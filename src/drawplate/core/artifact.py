@@ -334,8 +334,12 @@ def _refuse_foreign(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give the name of a folder")
-    if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    # Other programs write a manifest.json too; ours begins like this even where it is damaged.
+    beginning = Manifest.of("", {}).render().partition(b'""')[0]
+    path = folder / MANIFEST
+    ours = path.is_file() and path.read_bytes().startswith(beginning)
+    if any(folder.iterdir()) and not ours:
         raise UserError(
-            f"{folder} holds files that drawplate did not write (no {MANIFEST}); "
+            f"{folder} holds files that drawplate did not write (no {MANIFEST} of ours); "
             "name another folder or empty it"
         )

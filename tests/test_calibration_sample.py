@@ -6,6 +6,7 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from drawplate.core.calibration import Calibration, TextCorpus
 from drawplate.core.errors import UserError
@@ -13,6 +14,7 @@ from drawplate.core.method import leaves
 from drawplate.core.pooled import diverse, frame, leverages
 from drawplate.core.sample import Sample
 from drawplate.core.seeds import generator
+from drawplate.data.tokenizer import END, PAD, SMALLEST, train
 from tests.compress_layers import oracle
 from tests.laws import law
 
@@ -171,7 +173,7 @@ class Words:
     def __len__(self):
         return 128
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text, **_):
         return {"input_ids": [ord(character) % 128 for character in text]}
 
 
@@ -182,6 +184,19 @@ def corpus(tmp_path):
     text[1500:1520] = "zyxwvutsrqzyxwvutsrq"
     (tmp_path / "text.txt").write_text("".join(text))
     return TextCorpus(tmp_path / "text.txt", Words())
+
+
+def test_spelled_special_tokens_of_a_text_stay_text(tmp_path):
+    """Also with a tokenizer that would look for them in what it is given."""
+    train(["ab"], SMALLEST).save_pretrained(tmp_path)
+    careless = PreTrainedTokenizerFast.from_pretrained(tmp_path, split_special_tokens=False)
+    text = f"a{END}b{PAD}{END}"
+    assert careless.eos_token_id in careless(text)["input_ids"]
+    (tmp_path / "text.txt").write_text(text)
+    *tokens, last = TextCorpus(tmp_path / "text.txt", careless).stream("text-train").tokens.tolist()
+    assert last == careless.eos_token_id
+    assert not {careless.eos_token_id, careless.pad_token_id} & set(tokens)
+    assert careless.decode(tokens) == text
 
 
 def test_uniform_rows_are_those_that_were_always_taken(corpus):

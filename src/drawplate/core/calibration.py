@@ -45,7 +45,8 @@ class TextCorpus:
                 text = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{file} is not UTF-8 text: byte {error.start}") from None
-            ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
+            cut = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            ids += [*cut["input_ids"], self.end]
             offsets.append(len(ids))
         tokens = np.asarray(ids, dtype=token_type(self.vocabulary))
         self._stream = Stream(tokens, np.asarray(offsets), np.zeros(len(files), dtype=np.int64))

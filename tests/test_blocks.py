@@ -50,7 +50,7 @@ def seen_inputs(model, tokens):
     return inputs
 
 
-@pytest.mark.parametrize("kind", tiny.CONFIGS)
+@pytest.mark.parametrize("kind", tiny.CONFIGS | tiny.MIXED)
 def test_statistics_are_those_of_a_plain_forward_pass(kind):
     model, tokens = tiny.model(kind), tiny.tokens(5, 12)
     inputs, seen = seen_inputs(model, tokens), {}
@@ -85,7 +85,7 @@ def test_layers_with_one_input_share_one_record():
     assert o is not q
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi", "gemma3", "qwen2_window"])
 def test_later_blocks_see_what_was_changed(kind):
     model, tokens = tiny.model(kind), tiny.tokens()
     rows = walk(model, tokens, frozenset({"gram"}), truncate, Row, batch=4)

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     FalconH1Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTBigCodeConfig,
     GPTJConfig,
@@ -62,6 +64,17 @@ FILLING = {
     ),
 }
 """What they compute with is partly in no file, or a weight is initialised by its parent."""
+_types = ["sliding_attention", "full_attention"]
+MIXED = {
+    "gemma3": lambda: Gemma3TextConfig(
+        **_common, head_dim=8, sliding_window=5, layer_types=_types
+    ),
+    "qwen2_window": lambda: Qwen2Config(
+        **_common, use_sliding_window=True, sliding_window=5, layer_types=_types[::-1]
+    ),
+    "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=6, n_head=4),
+}
+"""Blocks with masks and angles of their own; blocks that give tuples."""
 
 
 def model(
@@ -69,7 +82,7 @@ def model(
 ) -> PreTrainedModel:
     """A random decoder in float32 and evaluation mode; its weights are large enough to matter."""
     torch.manual_seed(seed)
-    config = (CONFIGS | FILLING)[kind]()
+    config = (CONFIGS | MIXED | FILLING)[kind]()
     config.vocab_size, config.max_position_embeddings = vocabulary, context
     made = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -46,7 +46,7 @@ Visit = Callable[[int, list[Site]], Outcome[Row]]
 
 
 class _Reached(Exception):
-    """The inputs of the first block are known; the rest of the forward pass is not needed."""
+    """What the blocks are called with is known; the rest of the forward pass is not needed."""
 
 
 @torch.no_grad()
@@ -85,14 +85,14 @@ def walk(
         raise UserError(f"calibration needs token rows [N, T], got {list(tokens.shape)}")
     prefix, layers = blocks(model)
     rows: list[Row] = []
-    hidden, calls = _first_inputs(model, layers[0], tokens, batch)
+    hidden, calls = _inputs(model, layers, tokens, batch)
     total = len(layers) + head
     for number, block in enumerate(layers):
         done = _resume(model, work, number, row)
         if done is None:
             layers_now = edits.linears(model, whole)
             paths = [path for path in layers_now if path.startswith(f"{prefix}.{number}.")]
-            sites, outputs = _gather(model, block, paths, hidden, calls, needs)
+            sites, outputs = _gather(model, block, paths, hidden, calls[number], needs)
             outcome = visit(number, sites)
             _apply(model, outcome, work, number)
             done = outcome.rows
@@ -102,7 +102,7 @@ def walk(
         rows += done
         # What leaves the last block is read by nobody here.
         rerun = changed and number + 1 < len(layers)
-        hidden = _run(block, hidden, calls) if rerun else outputs
+        hidden = _run(block, hidden, calls[number]) if rerun else outputs
         if not all(bool(state.isfinite().all()) for state in hidden):
             raise NotFinite(
                 f"{prefix}.{number}: its output holds NaN or infinity on the calibration rows"
@@ -114,27 +114,48 @@ def walk(
     return rows
 
 
-def _first_inputs(
-    model: nn.Module, first: nn.Module, tokens: Tensor, batch: int
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Hidden states that enter the first block, and the other arguments it is called with."""
+def _inputs(
+    model: nn.Module, layers: nn.ModuleList, tokens: Tensor, batch: int
+) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    """Hidden states that enter the first block; for each block, its other arguments in each batch.
+
+    Masks and rotary embeddings may differ from block to block. None depends on what a block gives,
+    so that blocks hand on what they are given: only the first one runs, on the first batch, to show
+    whether blocks give tuples.
+    """
     hidden: list[Tensor] = []
-    calls: list[dict[str, Any]] = []
+    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
+    first, last = layers[0].forward, len(layers) - 1
+    rest: tuple[Any, ...] | None = None
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
-        calls.append({name: value for name, value in kwargs.items() if name != "past_key_values"})
-        raise _Reached
+    def passing(number: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal rest
+            if number == 0 and not hidden:
+                out = first(*args, **kwargs)
+                rest = out[1:] if isinstance(out, tuple) else None
+            state = args[0] if args else kwargs.pop("hidden_states")
+            call = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+            calls[number].append(call)
+            if number == 0:
+                hidden.append(state)
+            if number == last:
+                raise _Reached
+            return state if rest is None else (state, *rest)
 
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+        return forward
+
     try:
+        for number, block in enumerate(layers):
+            block.forward = passing(number)
         for chunk in torch.split(tokens, batch):
             try:
                 model(input_ids=chunk.to(edits.placement(model)["device"]), use_cache=False)
             except _Reached:
                 continue
     finally:
-        handle.remove()
+        for block in layers:
+            vars(block).pop("forward", None)
     return hidden, calls
 
 

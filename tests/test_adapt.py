@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -203,6 +204,12 @@ def test_lora_is_outside_low_rank_factors_and_leaves_the_head():
     names = Lora().install(model, seed=0)
     assert not any("first" in name or "second" in name or "lm_head" in name for name in names)
     assert isinstance(model.model.layers[0].mlp.up_proj, Adapted)
+
+
+def test_lora_leaves_routers():
+    paths = Lora().places(tiny.model("phimoe"))
+    assert paths
+    assert all(".self_attn." in path for path in paths)
 
 
 def test_lora_moves_norms_where_asked():

@@ -93,6 +93,24 @@ def test_all_architectures_are_quantized_whole_and_eight_bits_change_little(kind
     assert all(layer.bits == 8 and layer.group == 16 for layer in ledger.layers)
 
 
+@pytest.mark.parametrize("kind", tiny.OTHERS)
+def test_routers_and_scaled_tables_stay(kind):
+    model, tokens = tiny.model(kind), tiny.tokens()
+    before = logits(model, tokens)
+    params = Quantize(bits=8, group=16)
+    if kind == "gemma3":
+        with pytest.raises(
+            UserError, match=r"^model.embed_tokens: a Gemma3\w+ is no plain emb.*: null$"
+        ):
+            quantize(model, tokens, params)
+        params = params.model_copy(update={"vocabulary": None})
+    ledger = quantize(model, tokens, params)
+    left = {"phimoe": ".router", "gemma3": "model.embed_tokens"}.get(kind, "none")
+    assert not any(layer.path.endswith(left) for layer in ledger.layers)
+    assert not edits.linears(model)
+    assert float((logits(model, tokens) - before).norm() / before.norm()) < 0.05
+
+
 @pytest.mark.parametrize("kind", ["llama", "llama_untied"])
 def test_vocabulary(kind):
     tied = kind == "llama"

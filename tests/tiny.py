@@ -6,6 +6,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconConfig,
     FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -15,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PhiConfig,
+    PhimoeConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -65,16 +67,18 @@ FILLING = {
 }
 """What they compute with is partly in no file, or a weight is initialised by its parent."""
 _types = ["sliding_attention", "full_attention"]
-MIXED = {
-    "gemma3": lambda: Gemma3TextConfig(
-        **_common, head_dim=8, sliding_window=5, layer_types=_types
-    ),
+OTHERS = {
+    "gemma3": lambda: Gemma3TextConfig(**_common, head_dim=8, sliding_window=5, layer_types=_types),
     "qwen2_window": lambda: Qwen2Config(
         **_common, use_sliding_window=True, sliding_window=5, layer_types=_types[::-1]
     ),
     "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=6, n_head=4),
+    "falcon": lambda: FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "phimoe": lambda: PhimoeConfig(**_common, num_local_experts=4),
 }
-"""Blocks with masks and angles of their own; blocks that give tuples."""
+"""Blocks with masks and angles of their own, blocks that give tuples, scaled tables, experts."""
 
 
 def model(
@@ -82,7 +86,7 @@ def model(
 ) -> PreTrainedModel:
     """A random decoder in float32 and evaluation mode; its weights are large enough to matter."""
     torch.manual_seed(seed)
-    config = (CONFIGS | MIXED | FILLING)[kind]()
+    config = (CONFIGS | OTHERS | FILLING)[kind]()
     config.vocab_size, config.max_position_embeddings = vocabulary, context
     made = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -16,12 +16,14 @@ from typing import Annotated, Any, cast
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from drawplate.core.errors import Damaged, UserError
 from drawplate.core.method import Method, OneOf
 
 Linear = nn.Linear | Conv1D
+_PRODUCTS = (nn.Linear.forward, Conv1D.forward, FalconLinear.forward)
 
 
 class StandIn(nn.Module):
@@ -154,6 +156,11 @@ def located(model: nn.Module, path: str, adapter: bool = False) -> nn.Module:
     while not adapter and hasattr(module, "base") and isinstance(module, StandIn):
         module = submodule(module, "base")
     return module
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that gives its product; some routers give their choice."""
+    return isinstance(module, Linear) and type(module).forward in _PRODUCTS
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -304,7 +311,8 @@ def linears(model: nn.Module, whole: bool = False) -> dict[str, nn.Module]:
             where = f"{path}.{name}" if path else name
             if child is head:
                 continue
-            if isinstance(child, Linear | SparseLinear) or (whole and edited(child) is False):
+            known = plain(child) or isinstance(child, SparseLinear)
+            if known or (whole and edited(child) is False):
                 found[where] = child
             elif isinstance(child, Adapted):
                 continue

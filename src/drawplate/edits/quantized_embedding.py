@@ -20,8 +20,8 @@ class QuantizedTable(nn.Module):
 
     def __init__(self, old: nn.Module, edit: "QuantizedEmbedding"):
         super().__init__()
-        if not isinstance(old, nn.Embedding):
-            raise UserError(f"{edit.module}: {type(old).__name__} is not a token embedding")
+        if type(old) is not nn.Embedding:  # others scale or shift what they look up
+            raise UserError(f"{edit.module}: {type(old).__name__} is no plain embedding table")
         self.num_embeddings, self.embedding_dim = old.weight.shape
         self.padding_idx = old.padding_idx
         if self.embedding_dim % 8:

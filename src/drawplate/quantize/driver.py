@@ -129,8 +129,8 @@ def quantize(
     for each model, tokens and params.
 
     Raises:
-        UserError: there is nothing to quantize, an override matches nothing, or a layer with a mask
-            would be rotated.
+        UserError: there is nothing to quantize, an override matches nothing, the embedding does more
+            than look up, or a layer with a mask would be rotated.
         NotFinite: a weight or an activation is NaN or infinite.
     """
     before, wide = stored_bytes(model), set(_wide(model))
@@ -145,6 +145,8 @@ def quantize(
             )
     usual = {table: params.vocabulary, head: params.vocabulary}
     widths = {path: params.width(path, usual.get(path, params.bits)) for path in targets}
+    if table_bits is not None:
+        _require_plain(table, edits.submodule(model, table))
     _refuse(model, params, {path: bits for path, bits in widths.items() if bits is not None})
     chosen = _allocate(model, tokens, params, batch)
     if work is not None:
@@ -185,6 +187,15 @@ def quantize(
         bytes_before=before,
         bytes_after=stored_bytes(model),
     )
+
+
+def _require_plain(path: str, table: nn.Module) -> None:
+    """Refuses tables that scale or shift what they look up, which codes would leave out."""
+    if type(table) is not nn.Embedding:
+        raise UserError(
+            f"{path}: a {type(table).__name__} is no plain embedding table; "
+            "set quantize.vocabulary: null"
+        )
 
 
 def _refuse(model: nn.Module, params: Quantize, widths: dict[str, Bits]) -> None:
@@ -404,12 +415,7 @@ def _table(
 ) -> tuple[QuantizedEmbedding, dict[str, Tensor], Layer]:
     """Codes of the embedding table; every dimension counts the same and for itself."""
     module = edits.submodule(model, path)
-    if not isinstance(module, nn.Embedding):
-        raise UserError(
-            f"{path}: a {type(module).__name__} is no plain embedding table; "
-            "set quantize.vocabulary: null"
-        )
-    weight = module.weight.float()
+    weight = module.get_parameter("weight").float()
     require_finite(f"{path}: its weight", weight)
     apart = Stats(count=1, gram=torch.eye(weight.shape[1], device=weight.device))
     part = _rounded(weight, _learned(weight, apart, bits, params), apart, bits, params, None)

@@ -76,7 +76,7 @@ class Adapt(Method):
 
 def is_linear(model: nn.Module, module: nn.Module) -> bool:
     """Whether `module` is a linear layer or its stand-in, but not the output head or within it."""
-    if not isinstance(module, edits.Linear | edits.StandIn):
+    if not (edits.plain(module) or isinstance(module, edits.StandIn)):
         return False
     return all(module is not part for part in cast("Any", model).get_output_embeddings().modules())
 

@@ -17,6 +17,7 @@ from drawplate.rl.adapt import Adapt
 from drawplate.rl.adapt.full import Full
 from drawplate.rl.adapt.lora import Lora
 from drawplate.rl.adapt.scales import Scales
+from tests import tiny
 from tests.laws import law
 from tests.rl_cases import oracle
 
@@ -245,6 +246,20 @@ def test_lora_merges_into_dense_layers_alone():
         LAYER + "mlp.gate_proj",
     }
     edits.check(model)
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_lora_merges_what_it_learned_whichever_way_round_weights_are_stored(kind):
+    model, lora = tiny.model(kind), Lora(rank=2)
+    before = logits(model)
+    for name, parameter in lora.install(model, seed=0).items():
+        if name.endswith("up.weight"):
+            parameter.data.normal_(std=0.1, generator=torch.manual_seed(1))
+    trained = logits(model)
+    assert (trained - before).abs().max() > 0.1
+    lora.finish(model)
+    assert not edits.of(model)
+    torch.testing.assert_close(logits(model), trained, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_trains_again_on_what_it_left():

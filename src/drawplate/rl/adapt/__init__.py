@@ -122,7 +122,7 @@ def merge_adapter(model: nn.Module, path: str) -> None:
         return
     with torch.no_grad():
         term = adapted.scaling * (adapted.up.weight @ adapted.down.weight)
-        base.weight.add_(term.T if base.weight.shape != term.shape else term)
+        edits.matrix(base).add_(term)  # a view: a Conv1D stores its weight transposed
     edits.replace(model, path, base)
     specs = edits.of(model)
     last = max(i for i, spec in enumerate(specs) if spec.module == path)

@@ -10,6 +10,7 @@ from drawplate.rl.advantage.reinforce_pp import ReinforcePp
 from drawplate.rl.driver import Reinforce, finetune
 from drawplate.rl.length.constant import Constant
 from drawplate.rl.length.linear import Linear
+from drawplate.rl.merge import Merge
 from drawplate.rl.params import Finetune
 from drawplate.rl.penalty.k3 import K3
 from drawplate.rl.select.every import Every
@@ -18,6 +19,7 @@ from drawplate.rl.surrogate.cispo import Cispo
 from drawplate.rl.surrogate.ppo_clip import PpoClip
 from drawplate.train.loop import Stopped
 from tests import tiny
+from tests.laws import law
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16]]
 END = 2
@@ -298,12 +300,11 @@ def test_stopped_and_resumed_gives_the_same_bytes(tmp_path):
     ]
 
 
-def test_the_stored_type_is_kept(tmp_path):
-    model, _ = run(
-        tmp_path,
-        settings(steps=1, adapt=Lora(rank=2, targets=("*q_proj",))),
-        tiny.model().bfloat16(),
-    )
+@law(Merge)
+@pytest.mark.parametrize("adapt", [Lora(rank=2, targets=("*q_proj",)), Full()])
+def test_the_stored_type_is_kept(method, adapt, tmp_path):
+    how = settings(steps=1, adapt=adapt, merge=method)
+    model, _ = run(tmp_path, how, tiny.model().bfloat16())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 

@@ -28,7 +28,8 @@ def merge(moving: Mapping[str, Tensor], start: Mapping[str, Tensor], how: Merge)
     before, trained = (
         torch.cat([value.flatten() for value in values.values()]) for values in (start, moving)
     )
-    merged = how.merged(before, trained)
+    # Weights stored in 16 bits are trained in 32, in which their start is exact.
+    merged = how.merged(before.to(trained.dtype), trained)
     pieces = torch.split(merged, [value.numel() for value in start.values()])
     named = zip(start.items(), pieces, strict=True)
     put(moving, {name: piece.view_as(value) for (name, value), piece in named})

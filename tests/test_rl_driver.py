@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BloomConfig, GraniteConfig
 
 from drawplate.core.errors import UserError
 from drawplate.rl.adapt.full import Full
@@ -306,6 +307,19 @@ def test_the_stored_type_is_kept(method, adapt, tmp_path):
     how = settings(steps=1, adapt=adapt, merge=method)
     model, _ = run(tmp_path, how, tiny.model().bfloat16())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("play", [None, {"name": "stp", "warm": 1}])
+def test_models_whose_probabilities_training_would_not_see_are_refused(play, tmp_path):
+    """Logits that change after the head, and attention that mixes the rows of a line."""
+    small = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    scaled = GraniteConfig(**small, **heads, intermediate_size=32, logits_scaling=8.0)
+    mixed = BloomConfig(**small, n_head=2)
+    for config, said in ((scaled, "changes its logits"), (mixed, "share a row apart")):
+        made = AutoModelForCausalLM.from_config(config)
+        with pytest.raises(UserError, match=said):
+            run(tmp_path, settings(self_play=play), made, encode=lambda text: [3] * len(text))
 
 
 def test_refusals(tmp_path):

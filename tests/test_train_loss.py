@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from drawplate.core.errors import UserError
-from drawplate.train.loss import IGNORED, check_head, states, token_losses
+from drawplate.train.loss import IGNORED, check_apart, check_head, states, token_losses
 from tests import faults, tiny
 
 
@@ -63,6 +63,7 @@ def test_ignored_targets_cost_nothing_and_teach_nothing() -> None:
 def test_is_the_loss_of_hugging_face_decoders(kind: str) -> None:
     model, tokens = tiny.model(kind), tiny.tokens()
     check_head(model)
+    check_apart(model)
     head = model.get_output_embeddings()
     found = token_losses(states(model, tokens[:, :-1]), head, tokens[:, 1:]).mean()
     expected = model(input_ids=tokens, labels=tokens).loss
@@ -90,6 +91,24 @@ def test_models_that_change_their_logits_are_refused() -> None:
         torch.nn.init.zeros_(model.get_output_embeddings().weight)
         with pytest.raises(UserError, match="changes its logits"):
             check_head(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_look_past_the_start_of_a_document_are_refused(dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
+
+    small = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1}
+    bloom = BloomConfig(**small, n_head=2)
+    opt = OPTConfig(**small, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=32)
+    for config in (bloom, opt):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        for parameter in model.parameters():
+            parameter.data.mul_(4)  # large enough to matter
+        check_head(model)
+        with pytest.raises(UserError, match="does not keep texts that share a row apart"):
+            check_apart(model)
+        assert model.training
 
 
 MEMORY = """

@@ -42,6 +42,7 @@ from drawplate.rl.window import Answer, Window, remembered
 from drawplate.train import precision
 from drawplate.train.distributed import ALONE, World
 from drawplate.train.loop import Outcome, train
+from drawplate.train.loss import check_apart, check_head
 
 Score = Callable[[int, str], float]
 """Number of a prompt, text of an answer -> how right it is, from 0 to 1."""
@@ -417,6 +418,8 @@ def finetune(
     computed = precision.choose(how.precision, model.device)
     if torch.promote_types(stored, computed) != computed:
         raise UserError(f"precision {computed} would round the weights, stored in {stored}")
+    check_head(model)
+    check_apart(model)
     task: Reinforce | Play
     if how.self_play is None:
         task = Reinforce(model, how, prompts, score, decode, end, about, world, step)

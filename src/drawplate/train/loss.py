@@ -94,5 +94,31 @@ def check_head(model: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
+def check_apart(model: nn.Module) -> None:
+    """Make sure that documents in one row do not see each other, as `states` promises.
+
+    What stands in front of a document may not change its states, but for rounding.
+
+    Raises:
+        UserError: it does: the model ignores where positions start again.
+    """
+    weight = next(model.parameters())
+    tokens = torch.tensor([[0, 1, 0, 1], [2, 3, 0, 1]], device=weight.device)
+    positions = torch.tensor([[0, 1, 0, 1]], device=weight.device).expand_as(tokens)
+    training = model.training
+    model.eval()
+    try:
+        one, other = states(model, tokens, positions)[:, 2:].float()
+    finally:
+        model.train(training)
+    rounding = max(torch.finfo(weight.dtype).eps, 1e-4)
+    if (one - other).norm() > rounding * one.norm():
+        raise UserError(
+            f"{type(model).__name__} does not keep texts that share a row apart, which training "
+            "needs; use a decoder whose attention follows position_ids, such as Llama"
+        )
+
+
 def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-3)

@@ -15,7 +15,10 @@ from drawplate.rl.merge import Merge
 from drawplate.rl.params import Finetune
 from drawplate.rl.penalty.k3 import K3
 from drawplate.rl.select.every import Every
+from drawplate.rl.select.mixed import Mixed
+from drawplate.rl.select.predicted import Predicted
 from drawplate.rl.select.varied import Varied
+from drawplate.rl.shaping.overlong_ramp import OverlongRamp
 from drawplate.rl.surrogate.cispo import Cispo
 from drawplate.rl.surrogate.ppo_clip import PpoClip
 from drawplate.train.loop import Stopped
@@ -244,12 +247,32 @@ def test_dynamic_sampling_gives_up_at_its_bound():
     assert (batch["reward"] != 1).any()
 
 
-def test_nothing_to_learn_moves_nothing():
-    t = task(settings(select=Varied(attempts=2)), score=known(set()))
-    got, metrics = gradients(t, t.batch(0), 1)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"select": Varied(attempts=2)},
+        {"select": Mixed(attempts=2), "shaping": (OverlongRamp(share=1.0),)},
+        {"select": Predicted(first=3.0)},
+        {"select": Predicted(), "advantage": ReinforcePp()},
+    ],
+)
+def test_nothing_to_learn_moves_nothing(given):
+    t = task(settings(**given), score=known(set()))
+    batch = t.batch(0)
+    got, metrics = gradients(t, batch, 1)
     assert not any(g.any() for g in got.values())
+    assert len(batch["tokens"]) == 12
     assert t.figures["dropped"] == 1
     assert metrics["loss"] == 0
+
+
+def test_groups_that_were_not_kept_teach_nothing_though_prompts_differ():
+    """Each prompt has its own score, so the batch's mean is not that of any group."""
+    how = settings(select=Varied(attempts=2), advantage=ReinforcePp())
+    t = task(how, score=lambda index, text: index / 4)
+    batch = t.batch(0)
+    assert len(batch["reward"].unique()) > 1
+    assert not batch["advantage"].any()
 
 
 def test_a_shrunken_batch_serves_all_its_updates():
@@ -333,6 +356,10 @@ def test_refusals(tmp_path):
         run(tmp_path, settings(precision="bf16"))
     with pytest.raises(ValueError, match="samples has to be at least 2"):
         settings(samples=1)
-    assert settings(samples=1, advantage=ReinforcePp(), select=Every()).samples == 1
+    alone = {"samples": 1, "advantage": ReinforcePp()}
+    assert settings(**alone, select=Every()).samples == 1
+    for select in (Varied(), Mixed(), Predicted()):
+        with pytest.raises(ValueError, match=r"compares answers .* select every"):
+            settings(**alone, select=select)
     with pytest.raises(ValueError, match="updates cannot exceed"):
         settings(updates=13)

@@ -199,8 +199,11 @@ class Reinforce:
             missing -= int(keep.sum())
         every = join(drawn)
         self.shares.append(useful * how.samples / len(every.group))
-        # Where no group was kept the last draw stands in: equal rewards have advantage zero.
-        rollout, figures = self._weighed(join(kept) if kept else drawn[-1])
+        some = torch.arange(len(drawn[-1].group)) < how.prompts * how.samples
+        rollout, figures = self._weighed(join(kept) if kept else drawn[-1].take(some))
+        if not kept:
+            # The last draw stands in, whose rewards may differ in ways that selection leaves out.
+            rollout = replace(rollout, advantage=torch.zeros_like(rollout.advantage))
         dropped = 1 - sum(len(part.group) for part in kept) / len(every.group)
         return rollout, figures | _figures(every) | {"dropped": dropped, "draws": float(len(drawn))}
 

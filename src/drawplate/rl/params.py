@@ -115,6 +115,11 @@ class Finetune(Training):
                 f"advantage {self.advantage.name} compares answers to one prompt, so samples has "
                 f"to be at least {self.advantage.least}"
             )
+        if self.samples == 1 and not isinstance(self.select, Every):
+            raise ValueError(
+                f"select {self.select.name} compares answers to one prompt: set samples to at "
+                "least 2, or select every"
+            )
         if (self.critic is None) == ("value" in self.advantage.needs):
             verb = "asks for a critic's values: set" if self.critic is None else "does not ask for"
             raise ValueError(f"advantage {self.advantage.name} {verb} critic")

@@ -9,6 +9,8 @@ from drawplate.settings import merge, preset, presets, validate
 from drawplate.settings import read as read_params
 from drawplate.train.series import read
 from tests import tiny
+from tests.oracle.rl.shaping import overlong_ramp
+from tests.rl_cases import rollout
 from tests.test_rl_driver import END, PROMPTS, decode, even
 
 NAMES = [name for name in presets() if name.startswith("rl/")]
@@ -85,6 +87,17 @@ def test_names_its_paper_and_differs_from_all_others(name):
     assert presets()[name]["paper"]
     others = [merge(DEFAULTS, preset(other)["finetune"]) for other in NAMES if other != name]
     assert merge(DEFAULTS, preset(name)["finetune"]) not in others
+
+
+@pytest.mark.parametrize("name", ["rl/dapo", "rl/cispo", "rl/dispo"])
+def test_length_costs_as_much_of_a_right_answer_as_with_the_papers_rewards(name):
+    """The paper's are -1 and 1 before eq. 13: ours are the same up to a scale and a shift."""
+    (ramp,) = validate(Finetune, merge(DEFAULTS, preset(name)["finetune"]), "finetune").shaping
+    score = torch.tensor([0.0, 1.0] * 6).double()
+    ours = ramp.reward(rollout(limit=20, score=score, reward=score))
+    papers = overlong_ramp.reference(rollout(limit=20, reward=2 * score - 1), ramp.share, 1.0)
+    assert any(value not in (-1, 1) for value in papers)
+    torch.testing.assert_close(2 * ours - 1, torch.tensor(papers).double())
 
 
 def test_dler_is_the_default():

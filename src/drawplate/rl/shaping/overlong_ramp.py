@@ -1,7 +1,8 @@
 """Soft overlong punishment: 0 up to (1 - share) of the limit, then a straight line down to -weight.
 
 Paper: Yu et al. 2025, DAPO, arXiv:2503.14476, eq. 13, where 4096 of 20480 tokens are the ramp.
-Deviation: the ramp is a share of the limit, so that it follows a limit that changes.
+Deviation: the ramp is a share of the limit, so that it follows a limit that changes. The paper's
+rewards are -1 and 1, two apart; with scores 0 and 1 its penalty is that of `weight` 0.5.
 Cost: O(B).
 """
 

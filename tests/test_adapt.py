@@ -1,7 +1,6 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -51,8 +51,10 @@ def seen_inputs(model, tokens):
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS | tiny.OTHERS)
-def test_statistics_are_those_of_a_plain_forward_pass(kind):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_statistics_are_those_of_a_plain_forward_pass(kind, attention):
     model, tokens = tiny.model(kind), tiny.tokens(5, 12)
+    model.set_attn_implementation(attention)
     inputs, seen = seen_inputs(model, tokens), {}
 
     def visit(number, sites):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -128,14 +129,21 @@ def _inputs(
     first, last = layers[0].forward, len(layers) - 1
     rest: tuple[Any, ...] | None = None
 
-    def passing(number: int) -> Callable[..., Any]:
+    def passing(number: int, named: Signature) -> Callable[..., Any]:
+        entering, *_ = named.parameters
+        loose = [p.name for p in named.parameters.values() if p.kind is p.VAR_KEYWORD]
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal rest
             if number == 0 and not hidden:
                 out = first(*args, **kwargs)
                 rest = out[1:] if isinstance(out, tuple) else None
-            state = args[0] if args else kwargs.pop("hidden_states")
-            call = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+            # By name, also what is given by place, as GPT-2 gives its mask.
+            call = named.bind(*args, **kwargs).arguments
+            for name in loose:
+                call |= call.pop(name, {})
+            state = call.pop(entering)
+            call.pop("past_key_values", None)
             calls[number].append(call)
             if number == 0:
                 hidden.append(state)
@@ -147,7 +155,7 @@ def _inputs(
 
     try:
         for number, block in enumerate(layers):
-            block.forward = passing(number)
+            block.forward = passing(number, signature(block.forward))
         for chunk in torch.split(tokens, batch):
             try:
                 model(input_ids=chunk.to(edits.placement(model)["device"]), use_cache=False)

@@ -129,8 +129,8 @@ def quantize(
     for each model, tokens and params.
 
     Raises:
-        UserError: there is nothing to quantize, an override matches nothing, the embedding does more
-            than look up, or a layer with a mask would be rotated.
+        UserError: there is nothing to quantize, an override matches nothing, the embedding does
+            more than look up, or a layer with a mask would be rotated.
         NotFinite: a weight or an activation is NaN or infinite.
     """
     before, wide = stored_bytes(model), set(_wide(model))

@@ -121,6 +121,25 @@ def test_the_training_pass_stands_in_for_a_look_before_it(surrogate):
         assert found[1][name] == pytest.approx(wanted[1][name], rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("given", [{}, {"penalties": (K3(),)}, {"updates": 3}])
+def test_bounds_act_only_with_several_updates(given):
+    """The policy moves between steps as training would move it."""
+    found = []
+    for surrogate in (PpoClip(), PpoClip(low=1e-4, high=1e-4)):
+        t = task(settings(surrogate=surrogate, **given))
+        for step in range(3):
+            grads, metrics = gradients(t, t.batch(step), 1)
+            for name, parameter in t.moving.items():
+                parameter.data.sub_(grads[name], alpha=0.5)
+            found.append((metrics["clip_fraction"], *grads.values()))
+    alike = [all(map(torch.equal, a[1:], b[1:])) for a, b in zip(found[:3], found[3:], strict=True)]
+    if "updates" in given:
+        assert alike == [True, False, False]
+    else:
+        assert all(alike)
+        assert not any(fraction for fraction, *_ in found)
+
+
 def test_a_function_of_seed_and_step():
     first, again, other = task(), task(), task(settings(seed=1))
     assert same(first.batch(0), again.batch(0))

@@ -1,3 +1,4 @@
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,16 @@ def test_length_costs_as_much_of_a_right_answer_as_with_the_papers_rewards(name)
     papers = overlong_ramp.reference(rollout(limit=20, reward=2 * score - 1), ramp.share, 1.0)
     assert any(value not in (-1, 1) for value in papers)
     torch.testing.assert_close(2 * ours - 1, torch.tensor(papers).double())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_says_where_bounds_act_only_with_more_updates(name):
+    how = validate(Finetune, merge(DEFAULTS, preset(name)["finetune"]), "finetune")
+    text = (files("drawplate") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    comment = " ".join(
+        line.removeprefix("#").strip() for line in text.split("paper:")[0].split("\n")
+    )
+    assert how.updates > 1 or how.surrogate.name == "reinforce" or "ounds" in comment
 
 
 def test_dler_is_the_default():

@@ -1,5 +1,8 @@
 """Clipped objective: min(w A, clip(w, 1 - low, 1 + high) A).
 
+With `updates: 1` the policy that learns from an answer is the one that drew it, but for tokens that
+a window holds: weights are 1 and the bounds never act.
+
 Paper: Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347, eq. 7; two
 separate bounds: Yu et al. 2025, DAPO, arXiv:2503.14476, eq. 10.
 Cost: O(B T).

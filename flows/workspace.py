@@ -167,7 +167,7 @@ def workspace(
     Args:
         origin: path or URL of a git repository with a DVC project at its root.
         revision: branch, tag, commit or full name of a ref.
-        outputs: outputs of stages to bring in; None for all that dvc.lock names.
+        outputs: outputs of stages to bring in; None for all that dvc.lock and `dvc add` name.
 
     Raises:
         UserError: there is no such repository or revision.

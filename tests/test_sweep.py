@@ -200,6 +200,23 @@ def test_what_trials_would_not_see_is_refused(project):
         committed(project / "below", order)
 
 
+def test_a_text_in_dvcs_care_reaches_trials_before_dvc_lock_is_committed(project):
+    described = json.loads((project / "dvc.yaml").read_text())
+    described["stages"]["pretrain"]["deps"].append("texts")
+    described["stages"]["pretrain"]["cmd"] = "cat texts/notes.txt && python stage.py pretrain -"
+    (project / "dvc.yaml").write_text(json.dumps(described))
+    (project / "texts").mkdir()
+    (project / "texts" / "notes.txt").write_text("a text of the user's own")
+    subprocess.run([*DVC, "add", "-q", "texts/notes.txt"], cwd=project, check=True)
+    commit(project)
+    assert [step.name for step in steps(project, ())] == ["pretrain", "compress", "quantize"]
+    found = run(
+        request("pretrain.batch=4", goals=("pretrain:up:max",), targets=["pretrain"]), project
+    )
+    assert [row.outcome.error for row in found.rows] == [None]
+    assert counted(project) == {"pretrain": 1}
+
+
 WRONG = [
     (["-S", "compress.ratio"], "expected dotted.key=values"),
     (["-S", "compress.ratio=0.1..0.5"], "a grid needs a step"),
@@ -234,7 +251,7 @@ def test_a_trial_is_recorded_where_only_the_project_says_who_its_user_is(project
     with workspace(str(project)) as place:
         commit = git(project, "rev-parse", "HEAD")
         spec = Spec(
-            root=project, revision=commit, name="one", changes={}, params="", locked=False,
+            root=project, revision=commit, name="one", changes={}, params="",
             targets=("pretrain",), turns=(), metrics=("metrics/pretrain.json",), session="s",
             parent=None, environment={},
         )  # fmt: skip

@@ -50,8 +50,6 @@ class Spec(Frozen):
     changes: dict[str, str]
     params: str
     """Its params.yaml."""
-    locked: bool
-    """Whether the revision holds a dvc.lock."""
     targets: tuple[str, ...]
     turns: tuple[Turn, ...]
     metrics: tuple[str, ...]
@@ -99,7 +97,7 @@ def steps(root: Path, targets: Sequence[str]) -> list[Step]:
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
-        stages = {stage.name: stage for stage in repo.index.stages}
+        stages = {s.name: s for s in repo.index.stages if not s.is_data_source}
         direct = {name: frozenset(_keys(stage)) for name, stage in stages.items()}
         metrics = {
             name: tuple(out.def_path for out in stage.outs if out.metric)

@@ -36,7 +36,6 @@ from flows.sweep.plan import (
 )
 from flows.sweep.search import Grid, Search, Study, apart
 from flows.sweep.show import Row
-from flows.workspace import git
 from stages.check import check
 
 Assignment = Annotated[str, WithJsonSchema(assignments(several=True))]
@@ -238,7 +237,6 @@ class _Drive:
                 name=name,
                 changes=changes,
                 params=self._params(changes),
-                locked=bool(git(self.root, "ls-tree", "--name-only", self.revision, "dvc.lock")),
                 targets=self.request.targets,
                 turns=turns(self.steps, changes, self.apart, self.revision),
                 metrics=self.metrics,

@@ -23,7 +23,7 @@ from prefect.client.schemas.objects import FlowRun, State  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 
-from flows.graph import Node, follow, outdated  # noqa: E402
+from flows.graph import Node, follow, inputs, outdated  # noqa: E402
 from flows.handover import REF  # noqa: E402
 from flows.preflight import FORECAST  # noqa: E402
 from flows.stage import StageFailed, on_device, with_worker  # noqa: E402
@@ -50,6 +50,8 @@ def preflight(request: Rehearsal) -> State[Any]:
     """
     logger = get_run_logger()
     with with_worker(), workspace(source(), request.ref) as place, on_device(place, logger.info):
+        # Without them a stage that reads them would look outdated, and could not be rehearsed.
+        place.bring(sorted({path for s in request.stages for path in inputs(place.root, s).added}))
         stages = outdated(place.root, request.stages)
         if not stages:
             return Completed(message="nothing will run")

@@ -4,13 +4,17 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from workers_cases import git, make_project, run_in
 
 from drawplate.core.errors import UserError
+from flows import ahead
 from flows.graph import inputs, outdated, repro
 from flows.handover import begin, entries, hand_on, tip
+from flows.stage import StageFailed
 from flows.workspace import workspace
 
 
@@ -283,7 +287,18 @@ def test_the_key_of_a_stage_is_that_of_its_inputs(project):
         inputs(place.root, "nothing")
 
 
-def test_a_text_in_dvcs_care_reaches_the_stage_that_reads_its_folder(project):
+def test_a_text_in_dvcs_care_reaches_rehearsal_and_stage(project, monkeypatch):
+    rehearsed = []
+
+    def rehearse(command, root, environment, line):
+        rehearsed.append((command[-1], (root / "texts/notes.txt").read_text()))
+        return 1
+
+    monkeypatch.setattr(ahead, "with_worker", nullcontext)
+    monkeypatch.setattr(ahead, "get_run_logger", lambda: SimpleNamespace(info=print))
+    monkeypatch.setattr(ahead, "follow", rehearse)
+    monkeypatch.setenv("DRAWPLATE_SOURCE", str(project))
+
     def notes(text):
         (project / "texts/notes.txt").write_text(text)
         dvc = [sys.executable, "-m", "dvc"]
@@ -308,7 +323,12 @@ def test_a_text_in_dvcs_care_reaches_the_stage_that_reads_its_folder(project):
     for text in ("first", "second"):
         ref, key = notes(text)
         keys.add(key)
+        asked = ahead.Rehearsal(ref=ref, stages=["prepare"])
+        with pytest.raises(StageFailed, match="preflight"):
+            ahead.preflight.fn(asked)
+        assert rehearsed[-1] == ("prepare", text)
         run_in(project, ref, "prepare")
+        assert ahead.preflight.fn(asked).message == "nothing will run"
         with workspace(str(project), ref) as place:
             place.bring(["corpus.txt"])
             assert f"'{text}'" in (place.root / "corpus.txt").read_text()

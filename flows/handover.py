@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from drawplate.core.errors import UserError
 from flows.workspace import Workspace, git
 
 AUTHOR = {
@@ -36,19 +37,35 @@ def ref_of(base: str, name: str) -> str:
 
 
 def begin(place: Workspace, name: str) -> str:
-    """Makes the experiment from the workspace's params.yaml, or finds it; returns its ref."""
+    """Makes the experiment from the workspace's params.yaml, or finds it; returns its ref.
+
+    Raises:
+        UserError: an experiment of this name has other settings; a run that starts again has the
+            same.
+    """
     base = place.git("rev-parse", "HEAD")
     ref = ref_of(base, name)
-    if tip(place, ref) is None:
-        params = place.root / "params.yaml"
-        files = {"params.yaml": params.read_bytes()} if params.exists() else {}
-        commit = _commit(place, base, base, files, name)
+    params = place.root / "params.yaml"
+    files = {"params.yaml": params.read_bytes()} if params.exists() else {}
+    commit = _commit(place, base, base, files, name)
+    known = tip(place, ref)
+    if known is None:
         try:
             _replace(place, ref, None, commit)
         except subprocess.CalledProcessError:
-            if tip(place, ref) is None:
+            known = tip(place, ref)
+            if known is None:
                 raise
+    if known is not None and _settings(place, known) != _settings(place, commit):
+        raise UserError(f"{name} holds other settings on commit {base[:8]}; choose another name")
     return ref
+
+
+def _settings(place: Workspace, commit: str) -> dict[str, Any]:
+    """What params.yaml of a commit says, however it is written."""
+    if not place.git("ls-tree", "--name-only", commit, "params.yaml"):
+        return {}
+    return _read(place.git("show", f"{commit}:params.yaml"))
 
 
 def tip(place: Workspace, ref: str) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 from workers_cases import git, make_project, run_in
 
 from drawplate.core.errors import UserError
-from flows import ahead
+from flows import ahead, handover
 from flows.graph import inputs, outdated, repro
 from flows.handover import begin, entries, hand_on, tip
 from flows.stage import StageFailed
@@ -259,10 +259,27 @@ def test_the_same_name_begins_once(project):
         ref = begin(place, "twice")
         first = tip(place, ref)
         hand_on(place, ref, "done", {"cmd": "true"})
-        (place.root / "params.yaml").write_text("other: 1\n")
+        params = place.root / "params.yaml"
+        params.write_text(f"# The same, as a run that starts again has it.\n{params.read_text()}")
         assert begin(place, "twice") == ref
         assert tip(place, ref) != first
         assert "done" in place.git("show", f"{tip(place, ref)}:dvc.lock")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_name_that_holds_other_settings_is_refused(project, monkeypatch, at_once):
+    with workspace(str(project)) as place:
+        ref = begin(place, "taken")
+        before = tip(place, ref)
+        params = place.root / "params.yaml"
+        params.write_text(params.read_text().replace("bits: 4", "bits: 3"))
+        with monkeypatch.context() as patched:
+            if at_once:  # the other run made it after this one had looked for it
+                found = [None, before]
+                patched.setattr(handover, "tip", lambda place, ref: found.pop(0))
+            with pytest.raises(UserError, match=r"^taken holds other settings .*; choose another"):
+                begin(place, "taken")
+        assert tip(place, ref) == before
 
 
 def test_the_key_of_a_stage_is_that_of_its_inputs(project):

@@ -222,8 +222,8 @@ class Stage(Generic[P, I, R]):
                 self.body(params, inputs, Run(work, work, execution, self.name, world=world))
             return None
         with (
-            _only_one(beside / f"{out.name}.lock", out),
-            _only_one(work.with_suffix(".lock"), out),
+            only_one(beside / f"{out.name}.lock", out),
+            only_one(work.with_suffix(".lock"), out),
             Note(metrics) as noted,
             Note(record) as recorded,
             Note(lineage.places_file(out)) as placed,
@@ -474,7 +474,7 @@ def execution_id() -> str:
 
 
 @contextmanager
-def _only_one(lock: Path, out: Path) -> Iterator[None]:
+def only_one(lock: Path, out: Path) -> Iterator[None]:
     """Holds `lock`; `Exhausted` says who holds it where somebody does."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from glob import escape
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +27,7 @@ from psutil import net_if_addrs
 from drawplate.core.errors import DrawplateError, Exhausted, UserError, told
 from drawplate.core.method import Frozen
 from stages.quiet import INTERRUPTED
-from stages.run import STATE, Execution, Stage, prepare_process
+from stages.run import STATE, Execution, Stage, only_one, prepare_process
 
 P = TypeVar("P", bound=Frozen)
 I = TypeVar("I", bound=Frozen)  # noqa: E741
@@ -79,7 +79,8 @@ def launch(
     Raises:
         DrawplateError: what the first of the processes that failed had to say, or `address` is none
             of this machine.
-        Exhausted: processes were lost more often than `execution.restarts`.
+        Exhausted: processes were lost more often than `execution.restarts`, or somebody makes `out`
+            already.
         KeyboardInterrupt: a signal came; all processes have saved and left.
     """
     order = Order(
@@ -98,16 +99,20 @@ def launch(
     report = state / f"{out.name}.report.json"
     if execution.nnodes > 1:
         _reachable(stage.name, execution.address)
+    # The first process guards the output, but an agent too many would not get as far as starting
+    # one: it would wait at the meeting until all is done.
+    lock = state / f"{out.name}.agent.lock"
     lost = ""
-    for _ in range(execution.restarts + 1):
-        if lost:
-            print(f"[{stage.name}] {lost}; starting again", file=sys.stderr, flush=True)
-        place = _place(state, out.name)
-        with tempfile.TemporaryDirectory(prefix="drawplate-") as folder:
-            order.write(Path(folder))
-            lost = _attempt(Path(folder), report, execution, place)
-        if not lost:
-            return result.model_validate_json(report.read_bytes())
+    with only_one(lock, out) if execution.nnodes == 1 else nullcontext():
+        for _ in range(execution.restarts + 1):
+            if lost:
+                print(f"[{stage.name}] {lost}; starting again", file=sys.stderr, flush=True)
+            place = _place(state, out.name)
+            with tempfile.TemporaryDirectory(prefix="drawplate-") as folder:
+                order.write(Path(folder))
+                lost = _attempt(order, Path(folder), report, place)
+            if not lost:
+                return result.model_validate_json(report.read_bytes())
     raise Exhausted(
         f"{out}: {lost}, after {execution.restarts} new starts; look for what ends processes, "
         "such as the memory they need, or raise execution.restarts"
@@ -159,7 +164,7 @@ def _next(place: Path) -> None:
     place.with_suffix(f".{int(place.suffix[1:]) + 1}").touch()
 
 
-def _attempt(folder: Path, report: Path, execution: Execution, place: Path) -> str:
+def _attempt(order: Order, folder: Path, report: Path, place: Path) -> str:
     """Starts the processes and waits for them: empty where all is done, else what was lost."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -167,6 +172,7 @@ def _attempt(folder: Path, report: Path, execution: Execution, place: Path) -> s
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    execution = order.execution
     config = LaunchConfig(
         min_nodes=execution.nnodes,
         max_nodes=execution.nnodes,
@@ -186,6 +192,14 @@ def _attempt(folder: Path, report: Path, execution: Execution, place: Path) -> s
             start("-m", "stages.together", str(folder), str(report))
     except SignalException:
         raise KeyboardInterrupt from None
+    except AttributeError as error:
+        if error.name != "is_failed":
+            raise
+        # The launcher asks a result that is None: all places were taken until the meeting closed.
+        raise Exhausted(
+            f"{order.out} was being made by {execution.nnodes} machines already, as many as "
+            "execution.nnodes says; if it is not there now, run again"
+        ) from None
     except RendezvousClosedError:
         return "the other machines went on to another attempt"
     except RendezvousTimeoutError:

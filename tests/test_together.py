@@ -155,6 +155,17 @@ def test_a_signal_saves_and_the_same_call_goes_on_bit_by_bit(source, two, tmp_pa
     equal(tmp_path / "out", two[1])
 
 
+def test_a_second_runner_of_the_same_output_is_told_at_once(source, tmp_path):
+    first, workers = start(source, tmp_path / "out", 1.0)
+    with pytest.raises(Exhausted, match=f"is being made by process {first.pid}; wait") as caught:
+        make(source, tmp_path / "out", 2, pause=1.0)
+    assert "\n" not in str(caught.value)
+    assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    ends([first], 130)
+    gone(workers.values())
+
+
 @pytest.mark.slow
 def test_processes_do_not_outlive_the_one_that_started_them(source, tmp_path):
     process, workers = start(source, tmp_path / "out", 0.5)
@@ -286,6 +297,16 @@ def test_a_signal_to_one_machine_saves_and_ends_both(source, two, tmp_path):
     assert told.splitlines()[-1].startswith("drawplate: interrupted; the same command")
     ends(two_machines(source, tmp_path / "out", 0.3), 0, 0)
     equal(tmp_path / "out", two[1])
+
+
+@pytest.mark.slow
+def test_a_third_of_two_machines_is_told_so_in_one_line(source, tmp_path):
+    machines = two_machines(source, tmp_path / "out", 1.5)
+    wait_for_steps(machines[0], tmp_path / "out")
+    further = agent(source, tmp_path / "out", 1.5, 1, 2)
+    *_, said = ends([*machines, further], 0, 0, 4)
+    (line,) = said.splitlines()
+    assert line.startswith(f"drawplate: {tmp_path / 'out'} was being made by 2 machines already")
 
 
 @pytest.mark.slow

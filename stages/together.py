@@ -27,7 +27,7 @@ from psutil import net_if_addrs
 from drawplate.core.errors import DrawplateError, Exhausted, UserError, told
 from drawplate.core.method import Frozen
 from stages.quiet import INTERRUPTED
-from stages.run import STATE, Execution, Stage, only_one, prepare_process
+from stages.run import STATE, Execution, Stage, execution_id, only_one, prepare_process
 
 P = TypeVar("P", bound=Frozen)
 I = TypeVar("I", bound=Frozen)  # noqa: E741
@@ -47,6 +47,8 @@ class Order(Frozen):
     metrics: Path | None
     record: Path | None
     execution: Execution
+    pipeline: str
+    """`execution_id`, which they cannot tell: each has a process group of its own."""
 
     def write(self, folder: Path) -> None:
         """Leaves the order in `folder`."""
@@ -92,6 +94,7 @@ def launch(
         metrics=metrics,
         record=record,
         execution=execution,
+        pipeline=execution_id(),
     )
     result: type[R] = get_type_hints(stage.body)["return"]
     state = out.resolve().parent / STATE
@@ -254,6 +257,7 @@ def _help(folder: Path, report: Path) -> int:
     from drawplate.train.distributed import join
 
     order = Order.read(folder)
+    os.environ["DRAWPLATE_EXECUTION"] = order.pipeline
     stage: Stage[Any, Any, Any] = getattr(import_module(order.module), order.stage)
     params, inputs = stage.params(**order.params), stage.inputs(**order.inputs)
     try:

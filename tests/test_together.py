@@ -14,7 +14,7 @@ from drawplate import lineage
 from drawplate.core.artifact import publish, verify
 from drawplate.core.errors import DrawplateError, Exhausted, UserError
 from drawplate.train import series
-from stages.run import Execution
+from stages.run import Execution, execution_id
 from stages.together import launch
 from tests import faults
 from tests.together_stage import Inputs, Knobs, Report, stage
@@ -58,6 +58,7 @@ def test_the_output_is_one_whole_artifact_made_by_the_first(two):
     verify(out)
     assert report == Report(loss=rows(out)[-1]["loss"], processes=2)
     assert lineage.read(out).node.environment["processes"] == "2"
+    assert (out / "execution").read_text() == execution_id()
     assert not [path for path in out.parent.glob(".drawplate/stage-*") if path.is_dir()]
 
 

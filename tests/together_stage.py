@@ -13,7 +13,7 @@ from pydantic import Field
 from drawplate.core.errors import UserError
 from drawplate.core.method import Frozen
 from drawplate.train.loop import Training, train
-from stages.run import Execution, Run, Stage, prepare_process, write_history
+from stages.run import Execution, Run, Stage, execution_id, prepare_process, write_history
 from tests.train_cases import Toy, model
 
 
@@ -50,6 +50,7 @@ def body(params: Knobs, inputs: Inputs, run: Run) -> Report:
     run.leave_to_first()
     torch.save(net.state_dict(), run.folder / "model.pt")
     write_history(run, "toy", outcome.metrics)
+    (run.folder / "execution").write_text(execution_id())
     return Report(loss=outcome.last["loss"], processes=run.world.size)
 
 

@@ -158,6 +158,8 @@ class Rehearsal:
 
         self.prepare, self.pretrain = typed(prepare), typed(pretrain)
         self.finetune, self.evaluate = typed(finetune), typed(evaluate)
+        if self.pretrain.budget is not None:
+            self._plan()
         execution = settings.validate(Execution, tree.get("execution"), "execution")
         self.execution = {"threads": execution.threads, "device": execution.device}
         self.device = execution.device
@@ -167,6 +169,29 @@ class Rehearsal:
         self.answers: list[float] = []
         self.models: dict[tuple[str, int], Path] = {}
         self.stored: dict[tuple[str, int], float] = {}
+
+    def _plan(self) -> None:
+        """Puts what the budget plans in its place.
+
+        How many tokens the full corpus has is not known yet: the stage tells where they are too few.
+        """
+        from drawplate.data.tokenizer import adopt
+        from drawplate.pretrain.budget import SIZES
+        from drawplate.pretrain.driver import follow
+
+        params, theirs = self.pretrain, self.prepare.tokenizer
+        vocabulary = self.prepare.vocabulary if theirs is None else len(adopt(theirs))
+        per_step = params.batch * params.length
+        plan = params.budget.plan(params.model, vocabulary, per_step, sys.maxsize)
+        self.pretrain = follow(params, plan)
+        section = self.tree["pretrain"]
+        planned = _with(
+            section,
+            budget=None,
+            model=_with(section.get("model"), **{key: getattr(plan, key) for key in SIZES}),
+            training=_with(section.get("training"), steps=plan.steps),
+        )
+        self.tree = {**self.tree, "pretrain": planned}
 
     def _all_layers(self) -> int:
         if self.pretrain.adopt is None:

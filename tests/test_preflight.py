@@ -15,9 +15,11 @@ from drawplate.data.source.jsonl import Jsonl
 from drawplate.data.source.parquet import Parquet
 from drawplate.data.source.text import Text
 from drawplate.forecast.machine import Limits
-from drawplate.settings import read
-from flows.preflight import FORECAST, compared, forecast, preflight, save
+from drawplate.pretrain.budget import SIZES
+from drawplate.settings import merge, preset, read, validate
+from flows.preflight import FORECAST, Rehearsal, compared, forecast, preflight, save
 from flows.rehearse import _left, _some, folder_size
+from stages.pretrain import pretrain
 from stages.quiet import guarded
 
 ENOUGH = Limits(memory=10**13, disk=10**13)
@@ -66,6 +68,45 @@ def project(tmp_path):
         (tmp_path / "texts" / f"{number}.txt").write_text(text)
     (tmp_path / "params.yaml").write_text(PARAMS)
     return tmp_path
+
+
+class Pretending:
+    """A player that checks parameters as a stage would, and takes a second for each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def ask(self, do, **order):
+        if do == "rate":
+            return {"rate": 1e12}
+        params = validate(pretrain.params, order["params"], "pretrain")
+        self.seen.append((params, order["layers"]))
+        steps = params.training.steps
+        sizes = dict.fromkeys(("memory", "disk", "work", "stored"), 1e6)
+        marks = {"pretrain": [float(step) for step in range(steps)]}
+        return {"seconds": 10.0 + steps, "device": None, "marks": marks, **sizes}
+
+
+def rehearsed(project, tree):
+    """What is asked of pretrain's player, and the needs that follow."""
+    player = Pretending()
+    rehearsal = Rehearsal(tree, {"pretrain": player}, project)
+    return rehearsal, rehearsal.of_pretrain(), player.seen
+
+
+def test_a_budget_is_rehearsed_at_the_sizes_that_it_plans(project):
+    tree = merge(read(project / "params.yaml"), preset("pretrain/one_epoch"))
+    given = validate(pretrain.params, tree["pretrain"], "pretrain")
+    plan = given.budget.plan(given.model, 320, 4 * 64, 10**15)
+    rehearsal, need, seen = rehearsed(project, tree)
+    assert rehearsal.layers == plan.layers > 1
+    for params, _ in seen:
+        model = given.model.model_copy(update={key: getattr(plan, key) for key in SIZES})
+        layers = params.model.layers
+        assert params.model == model.model_copy(update={"layers": layers})
+        assert params.training.optimizer == given.training.optimizer
+    assert [params.model.layers for params, _ in seen] == rehearsal.sizes
+    assert need.seconds == pytest.approx(10 + plan.steps)
 
 
 @pytest.mark.slow

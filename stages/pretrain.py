@@ -14,7 +14,7 @@ from drawplate.pretrain import Pretrain
 from drawplate.pretrain.budget import Plan
 from drawplate.pretrain.driver import planned
 from drawplate.pretrain.driver import pretrain as make
-from stages.run import Run, Stage, write_history
+from stages.run import Run, Stage, device_of, write_history
 
 
 class Inputs(Frozen):
@@ -39,9 +39,9 @@ def body(params: Pretrain, inputs: Inputs, run: Run) -> Report:
     """Trains or adopts, and writes a Hugging Face folder."""
     world = replace(run.world, mode="sharded" if run.execution.sharded else "data")
     corpus, watch = Corpus(inputs.corpus), run.part("pretrain")
-    model, tokenizer, outcome = make(params, corpus, run.work, watch, world)
+    model, tokenizer, outcome = make(params, corpus, run.work, watch, world, device_of(run))
     run.leave_to_first()
-    hf.save(model, run.folder, tokenizer)
+    hf.save(model.cpu(), run.folder, tokenizer)
     if params.adopt is not None:
         from drawplate.lineage import content_hash
 

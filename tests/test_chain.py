@@ -14,7 +14,7 @@ from drawplate.core.artifact import verify
 from drawplate.core.corpus import Corpus
 from drawplate.core.errors import Damaged, UserError
 from drawplate.settings import validate
-from stages import compress, finetune, pretrain, quantize
+from stages import compress, evaluate, finetune, pretrain, quantize
 from stages.prepare import Inputs as PrepareInputs
 from stages.prepare import prepare
 from stages.run import Execution
@@ -234,6 +234,21 @@ def test_a_corpus_for_another_tokenizer_is_refused(corpus, tmp_path):
             tmp_path / "out",
             execution=QUIET,
         )
+
+
+@pytest.mark.parametrize("module", [pretrain, compress, quantize, finetune, evaluate])
+def test_no_stage_leaves_out_the_device_that_it_is_told(corpus, tmp_path, module):
+    stage = getattr(module, module.__name__.removeprefix("stages."))
+    model = foreign("llama", corpus, tmp_path / "model")
+    read = (model,) if module is evaluate else model
+    params, named = stage.params(), {"model": read}
+    if module is pretrain:
+        params, named = stage.params(adopt=model), {}
+    inputs = module.Inputs(corpus=corpus, **named)
+    elsewhere = QUIET.model_copy(update={"device": "nonsense"})
+    with pytest.raises(UserError, match=r"execution\.device 'nonsense'"):
+        stage(params, inputs, tmp_path / "out", execution=elsewhere)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_lost_edit_is_a_broken_hand_over():

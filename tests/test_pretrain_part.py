@@ -126,6 +126,21 @@ def test_an_adopted_decoder_has_no_parts_to_train(parts):
         Pretrain.model_validate({"adopt": "somewhere"} | parts)
 
 
+@pytest.mark.parametrize("parts", [{}, SST, {"feed_forward": {"name": "trukan"}}])
+def test_what_is_trained_lies_on_the_device_it_was_sent_to(corpus, tmp_path, monkeypatch, parts):
+    seen = {}
+
+    def train(model, task, *_):
+        seen.update(list(model.named_parameters()) + list(model.named_buffers()))
+        raise UserError("far enough")
+
+    monkeypatch.setattr("drawplate.pretrain.driver.check_head", lambda model: None)
+    monkeypatch.setattr("drawplate.pretrain.driver.train", train)
+    with pytest.raises(UserError, match="far enough"):
+        pretrain(cases.params(**parts), corpus, tmp_path, device="meta")
+    assert {str(tensor.device) for tensor in seen.values()} == {"meta"}
+
+
 LOADS = """
 import sys, torch, drawplate
 from transformers import AutoModelForCausalLM

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -37,9 +38,16 @@ class Pretrained(NamedTuple):
 
 
 def pretrain(
-    params: Pretrain, corpus: Corpus, work: Path, watch: Watch = silent, world: World = ALONE
+    params: Pretrain,
+    corpus: Corpus,
+    work: Path,
+    watch: Watch = silent,
+    world: World = ALONE,
+    device: torch.device | str = "cpu",
 ) -> Pretrained:
     """A decoder for `corpus`: trained, or adopted and checked; equal in all processes of `world`.
+
+    Training takes place on `device`.
 
     Raises:
         UserError: the corpus does not fit the rows or the adopted model.
@@ -57,6 +65,7 @@ def pretrain(
             "set execution.sharded to false"
         )
     model, tokenizer = _begun(params, corpus)
+    model.to(device)  # begun elsewhere: the same bits everywhere, so that a run may change devices
     check_head(model)
     rows = Rows(
         corpus,

@@ -15,6 +15,7 @@ from drawplate.core import hf
 from drawplate.core.errors import UserError
 from drawplate.pretrain import Pretrain
 from drawplate.pretrain.driver import Held, Kept, pretrain
+from drawplate.pretrain.norm._running import PowerNorm
 from drawplate.settings import merge, preset, presets, validate
 from drawplate.train.distributed import World
 from drawplate.train.loop import Stopped
@@ -77,6 +78,35 @@ def test_how_a_batch_is_cut_changes_nothing(corpus, tmp_path):
     one, four = (run(corpus, tmp_path, training={"accumulate": parts}, **BOTH) for parts in (1, 4))
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(four.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_that_is_skipped_counts_and_leaves_no_trace(
+    corpus, tmp_path, monkeypatch, accumulate
+):
+    """Running means take nothing from a batch whose loss leapt."""
+    loss, state, found = Kept.loss, Kept.state, []
+
+    def leaping(self, model, part):
+        value, metrics = loss(self, model, part)
+        return value * (1e4 if self.steps == 6 else 1), metrics
+
+    def watched(self):
+        told = state(self)
+        norms = [module for module in self.model.modules() if isinstance(module, PowerNorm)]
+        found.append((told, [[x.clone() for x in (n.square, n.nu, n.steps)] for n in norms]))
+        return told
+
+    monkeypatch.setattr(Kept, "loss", leaping)
+    monkeypatch.setattr(Kept, "state", watched)
+    training = {"accumulate": accumulate, "guard": {"window": 4}}
+    params = cases.params(8, training=training, **POWER)
+    outcome = pretrain(params, corpus, tmp_path).outcome
+    assert outcome.skipped == 1
+    assert [told for told, _ in found] == [{"steps": step} for step in range(9)]
+    for step in range(1, 9):
+        before, after = ([x for n in norms for x in n] for _, norms in found[step - 1 : step + 1])
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == (step == 7)
 
 
 def test_without_parts_a_run_is_named_and_saved_as_ever(corpus):

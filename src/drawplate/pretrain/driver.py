@@ -177,8 +177,9 @@ class Held(Optimizer):
 class Kept(NextToken):
     """Next tokens, and parts of the model that are looked after before and after each step.
 
-    A step that is given up, by a signal or for bad numbers, never reaches `state` and so changes
-    nothing: what is saved is always what finished steps left.
+    A step that is given up never reaches `state` and so changes nothing: what is saved is always
+    what finished steps left. One that the guard skips is finished: it counts, but what its passes
+    left in the model is forgotten before.
     """
 
     def __init__(

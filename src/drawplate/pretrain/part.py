@@ -43,6 +43,9 @@ class Part(Method):
         For what has to happen exactly once a step; a signal does not interrupt it. Afterwards all
         processes of `world` hold equal parameters and buffers. The optimizer takes the parameters
         that are named as they then are, and forgets what it remembered of them.
+
+        A step that the guard skipped counts as well. The model is put into training mode before, at
+        which modules that gather something over a step have to forget it.
         """
         return ()
 

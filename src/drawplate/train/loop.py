@@ -349,6 +349,8 @@ class _Run:
             if norm > self.settings.clip:
                 torch._foreach_mul_(gradients, self.settings.clip / norm)
             self.chain.step()
+        else:
+            self.model.train()  # modules forget what they were shown
         self.chain.zero_grad(set_to_none=True)
         self.step += 1
         self.task_state = self.task.state()

@@ -78,7 +78,7 @@ def body(params: Compress, inputs: Inputs, run: Run) -> Report:
         bytes_after=ledger.bytes_after,
         ratio=ledger.ratio,
         activation_error=ledger.activation_error,
-        recovery_loss=outcome.last["loss"] if outcome else None,
+        recovery_loss=outcome.last.get("loss") if outcome else None,
     )
 
 

@@ -53,7 +53,7 @@ def body(params: Pretrain, inputs: Inputs, run: Run) -> Report:
         stored_bytes=hf.stored_bytes(model),
         steps=outcome.steps if outcome else 0,
         skipped_steps=outcome.skipped if outcome else 0,
-        loss=outcome.last["loss"] if outcome else None,
+        loss=outcome.last.get("loss") if outcome else None,
         plan=planned(params, corpus),
     )
 

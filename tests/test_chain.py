@@ -9,11 +9,13 @@ import tiny
 import torch
 
 from drawplate import edits, lineage
+from drawplate.compress.recover import Recovery
 from drawplate.core import hf
 from drawplate.core.artifact import verify
 from drawplate.core.corpus import Corpus
 from drawplate.core.errors import Damaged, UserError
 from drawplate.settings import validate
+from drawplate.train.language import NextToken
 from stages import compress, evaluate, finetune, pretrain, quantize
 from stages.prepare import Inputs as PrepareInputs
 from stages.prepare import prepare
@@ -249,6 +251,42 @@ def test_no_stage_leaves_out_the_device_that_it_is_told(corpus, tmp_path, module
     with pytest.raises(UserError, match=r"execution\.device 'nonsense'"):
         stage(params, inputs, tmp_path / "out", execution=elsewhere)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "task", "figure", "settings"),
+    [
+        (pretrain, NextToken, "loss", {"batch": 2, "length": 16, "training": {"steps": 1}}),
+        (
+            compress,
+            Recovery,
+            "recovery_loss",
+            {
+                "ratio": 0.1,
+                "calibration": {"rows": 4, "length": 16},
+                "recover": {"training": {"steps": 1}, "rows": 2, "length": 128},
+            },
+        ),
+    ],
+)
+def test_a_run_whose_last_loss_was_not_finite_is_published(
+    corpus, tmp_path, monkeypatch, module, task, figure, settings
+):
+    """The guard kept that step from the weights; the figure is unknown."""
+    own = task.loss
+
+    def loss(self, model, part):
+        value, metrics = own(self, model, part)
+        return value * torch.nan, metrics
+
+    monkeypatch.setattr(task, "loss", loss)
+    stage = getattr(module, module.__name__.removeprefix("stages."))
+    model = foreign("llama", corpus, tmp_path / "model")
+    inputs = module.Inputs(corpus=corpus, **({} if module is pretrain else {"model": model}))
+    params = validate(stage.params, settings, stage.name)
+    report = stage(params, inputs, tmp_path / "out", execution=QUIET)
+    assert getattr(report, figure) is None
+    hf.load(tmp_path / "out")
 
 
 def test_a_lost_edit_is_a_broken_hand_over():

@@ -22,6 +22,7 @@ from drawplate.rl.cut.outlier import Outlier
 from drawplate.rl.driver import Reinforce, finetune
 from drawplate.rl.length.constant import Constant
 from drawplate.rl.length.linear import Linear
+from drawplate.rl.mask.drop_truncated import DropTruncated
 from drawplate.rl.params import Finetune
 from drawplate.rl.penalty.k3 import K3
 from drawplate.rl.policy import judge
@@ -152,6 +153,19 @@ def test_every_token_is_learned_from_once_and_prompts_never(hold):
     assert len(ended) > 8
     for place, answer in ended.items():
         assert sum(at[0] == place for at in times) == len(answer.tokens)
+
+
+def test_answers_that_go_on_are_learned_from_though_truncated_ones_are_dropped():
+    t = task(settings(masks=(DropTruncated(),)))
+    seen, met = spied(t), set()
+    for step in range(8):
+        batch = t.batch(step)
+        kind = {a.number: "going" if a.going else a.finished for a in seen[-1][1]}
+        for row, number in enumerate(batch["group"].tolist()):
+            share = batch["share"][row, batch["mask"][row]]
+            met.add(kind[number])
+            assert (share == 0).all() if kind[number] is False else (share > 0).all()
+    assert met == {"going", True, False}
 
 
 def test_tokens_held_back_remember_the_policy_that_drew_them():

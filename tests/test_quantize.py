@@ -94,9 +94,10 @@ def test_all_architectures_are_quantized_whole_and_eight_bits_change_little(kind
 
 
 @pytest.mark.parametrize("kind", tiny.OTHERS)
-def test_routers_and_scaled_tables_stay(kind):
+def test_routers_experts_and_scaled_tables_stay_and_are_told(kind):
     model, tokens = tiny.model(kind), tiny.tokens()
     before = logits(model, tokens)
+    matrices = [name for name, weight in model.named_parameters() if weight.ndim > 1]
     params = Quantize(bits=8, group=16)
     if kind == "gemma3":
         with pytest.raises(
@@ -108,6 +109,8 @@ def test_routers_and_scaled_tables_stay(kind):
     left = {"phimoe": ".router", "gemma3": "model.embed_tokens"}.get(kind, "none")
     assert not any(layer.path.endswith(left) for layer in ledger.layers)
     assert not edits.linears(model)
+    told = {*ledger.kept, *(layer.path for layer in ledger.layers)}
+    assert {name.rpartition(".")[0] for name in matrices} <= told
     assert float((logits(model, tokens) - before).norm() / before.norm()) < 0.05
 
 

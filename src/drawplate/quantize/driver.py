@@ -22,8 +22,8 @@ from drawplate.core.rotation import Rotation
 from drawplate.core.seeds import generator, seed_of
 from drawplate.core.stats import Stats
 from drawplate.edits import _rotated
-from drawplate.edits.quantized import Quantized, spec, tensors
-from drawplate.edits.quantized_embedding import QuantizedEmbedding, is_tied
+from drawplate.edits.quantized import Quantized, QuantizedLinear, spec, tensors
+from drawplate.edits.quantized_embedding import QuantizedEmbedding, QuantizedTable, is_tied
 from drawplate.edits.sparse import SparseLinear
 from drawplate.quantize.allocation import Allocation, Bits, Choice
 from drawplate.quantize.grid import Grid, neighbours
@@ -100,7 +100,7 @@ class Ledger(Frozen):
 
     layers: tuple[Layer, ...]
     kept: tuple[str, ...]
-    """Linear layers and embeddings that stay as they were."""
+    """Modules that stay as they were: linear layers, embeddings, whatever else holds matrices."""
     bytes_before: int
     """Stored bytes of the whole model."""
     bytes_after: int
@@ -129,8 +129,8 @@ def quantize(
     for each model, tokens and params.
 
     Raises:
-        UserError: there is nothing to quantize, an override matches nothing, the embedding does
-            more than look up, or a layer with a mask would be rotated.
+        UserError: there is nothing to quantize, an override matches nothing, the embedding is no
+            plain table, or a layer with a mask would be rotated.
         NotFinite: a weight or an activation is NaN or infinite.
     """
     before, wide = stored_bytes(model), set(_wide(model))
@@ -296,9 +296,14 @@ def _vocabulary(model: nn.Module) -> tuple[str, str | None, bool]:
 
 
 def _wide(model: nn.Module) -> list[str]:
-    """Paths of all modules that hold an unquantized matrix."""
-    kinds = edits.Linear | SparseLinear | nn.Embedding
-    return [path for path, module in model.named_modules() if isinstance(module, kinds)]
+    """Paths of all modules that hold an unquantized matrix, or a stack of them as experts do."""
+    packed = QuantizedLinear | QuantizedTable
+    found = []
+    for path, module in model.named_modules():
+        matrices = any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+        if isinstance(module, SparseLinear) or (matrices and not isinstance(module, packed)):
+            found.append(path)
+    return found
 
 
 def _learned(

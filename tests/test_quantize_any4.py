@@ -5,6 +5,7 @@ import tiny
 import torch
 from quantize_cases import fields, mask, neighbours, oracle, stats, weights
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from drawplate import edits
 from drawplate.core import hf
@@ -166,6 +167,17 @@ def test_tables_of_rows_are_stored_counted_and_looked_up(tmp_path, kind, dtype):
             + rows * groups_ * dtype.itemsize
             + (0 if bias is None else bias.nbytes)
         )
+
+
+def test_eight_bits_take_less_than_sixteen():
+    """Tables of 256 levels for rows of 512 would take as much as their codes."""
+    shape = {"hidden_size": 512, "intermediate_size": 32, "num_attention_heads": 1, "head_dim": 32}
+    config = LlamaConfig(vocab_size=96, num_hidden_layers=1, **shape)
+    model = AutoModelForCausalLM.from_config(config).bfloat16().eval()
+    params = Quantize(bits=8, grid=ANY4, round={"name": "nearest"})
+    ledger = quantize(model, tiny.tokens(), params)
+    assert all(layer.bytes_after < layer.bytes_before for layer in ledger.layers)
+    assert ledger.bytes_after < ledger.bytes_before
 
 
 def test_the_product_by_lookup_is_the_product_with_the_decoded_matrix():

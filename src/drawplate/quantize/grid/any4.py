@@ -7,7 +7,7 @@ Deviation: h is the mean square of the input, as for all grids; one level of eac
 scales have no offset, so that pruned weights stay pruned. Instead of random starts three fixed ones
 compete, even levels, normal quantiles and the weights that err most one by one; then the scales are
 fitted anew. Where the rows' tables in float16 would take more room than their codes, counted in
-whole groups, the layer has one for all.
+whole groups, or codes have more than 4 bits, the layer has one for all.
 Cost: three sorts of the weights, O(2^b O I) for the last start, O(2^b O log I) a round.
 """
 
@@ -41,7 +41,8 @@ class Any4(Grid):
 
     def learn(self, weight: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
         """Weights [O, G, N] -> tables [O, K], or the layer's [K]."""
-        rows = len(weight) if 16 << bits <= bits * weight[0].numel() else 1
+        own = bits <= 4 and 16 << bits <= bits * weight[0].numel()
+        rows = len(weight) if own else 1
         counts = weight.new_ones(weight.shape[1:]) if importance is None else importance
         found, losses = [], []
         for start, pick in (

@@ -80,7 +80,7 @@ def normal(bits):
 def learn(groups, importance, bits, search=8, narrowest=0.8, rounds=20):
     """Weights [O][G][N], importance [G][N] -> tables [O][K], or [K] where rows are short."""
     length = len(importance) * len(importance[0])
-    alone = len(groups) > 1 and 16 * 2**bits <= bits * length
+    alone = len(groups) > 1 and bits <= 4 and 16 * 2**bits <= bits * length
     found = []
     for rows in [[row] for row in groups] if alone else [groups]:
         tried = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from drawplate.core.errors import Damaged, Exhausted, NotFinite, UserError
 from drawplate.train import checkpoint, loop, precision, series
-from drawplate.train.distributed import World
+from drawplate.train.distributed import Mode, World
 from drawplate.train.guard import Guard
 from drawplate.train.loop import Outcome, Stopped, train
 from drawplate.train.optimizer import Group, Optimizer
@@ -237,13 +237,21 @@ def test_parts_of_a_batch_add_up_to_its_gradient(parts: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
 @pytest.mark.parametrize("parts", [1, 2, 3, 9])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_every_row_is_in_one_part_of_one_process(rows: int, parts: int, size: int) -> None:
+@pytest.mark.parametrize("mode", ["data", "sharded"])
+def test_every_row_is_in_one_part_of_one_process(
+    rows: int, parts: int, size: int, mode: Mode
+) -> None:
+    """Processes that gather weights for each part have equally many parts."""
     batch = {"x": torch.arange(rows), "scalar": torch.tensor(7)}
+    worlds = [World(rank, size, mode) for rank in range(size)]
     if rows < size:
         with pytest.raises(UserError, match="cannot be shared"):
-            list(loop._cut(batch, parts, World(0, size)))
+            list(loop._cut(batch, parts, worlds[0]))
         return
-    pieces = [p for rank in range(size) for p in loop._cut(batch, parts, World(rank, size))]
+    cut = [list(loop._cut(batch, parts, world)) for world in worlds]
+    if mode == "sharded":
+        assert {len(own) for own in cut} == {min(parts, rows // size)}
+    pieces = [piece for own in cut for piece in own]
     assert torch.equal(torch.cat([p["x"] for p in pieces]), batch["x"])
     assert all(len(p["x"]) and p["scalar"] == 7 for p in pieces)
 

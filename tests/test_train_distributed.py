@@ -33,6 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("work")
     alone(root / "one")
     alone(root / "nan", nan=2)
+    alone(root / "odd", rows=3)
     orders = []
     for mode in MODES:
         alone(root / f"{mode}-after-one", stop=3)
@@ -43,6 +44,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"mode": mode, "work": str(root / f"one-after-{mode}"), "stop": 3},
             {"mode": mode, "work": str(root / f"{mode}-after-one")},
             {"mode": mode, "work": str(root / f"{mode}-nan"), "nan": 2},
+            {"mode": mode, "work": str(root / f"{mode}-odd"), "rows": 3, "accumulate": 2},
         ]
     orders.append({"mode": "data", "work": str(root / "hungry"), "hungry": True})
     with socket.socket() as free:
@@ -118,6 +120,11 @@ def test_a_bad_gradient_is_skipped_by_all_processes(work: Path, mode: str) -> No
         [r | {"grad_norm": 0.0} for r in rows(work / f"{mode}-nan")],
     )
     assert [r["skipped"] for r in rows(work / f"{mode}-nan")].index(1) == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_process_with_fewer_rows_than_parts_keeps_nobody_waiting(work: Path, mode: str) -> None:
+    close(rows(work / "odd"), rows(work / f"{mode}-odd"))
 
 
 def test_all_processes_halve_their_parts_together(work: Path) -> None:

@@ -46,7 +46,7 @@ def settings() -> Training:
 
 def one(order: Mapping[str, Any], world: World) -> None:
     """One run, stopped after step `stop` by a signal to the last process only."""
-    task: Toy = Hungry(2, MemoryError()) if order.get("hungry") else Toy()
+    task: Toy = Hungry(2, MemoryError()) if order.get("hungry") else Toy(order.get("rows", 6))
     if order.get("nan"):
         task.trouble = {int(order["nan"]): "nan gradient"}
 
@@ -60,7 +60,8 @@ def one(order: Mapping[str, Any], world: World) -> None:
 
     net = model(width=45, dropout=0.0)
     try:
-        train(net, task, settings(), Path(order["work"]), watch, world)
+        how = settings().model_copy(update={"accumulate": order.get("accumulate", 1)})
+        train(net, task, how, Path(order["work"]), watch, world)
     except Stopped as stop:
         print(f"rank {world.rank}: {stop}", file=sys.stderr)
         return

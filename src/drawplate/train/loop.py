@@ -608,11 +608,15 @@ def _rows(batch: Batch) -> int:
 
 
 def _cut(batch: Batch, parts: int, world: World) -> Iterator[Batch]:
-    """This process' rows in `parts` parts, or in as many as there are rows."""
+    """This process' rows in `parts` parts, or in as many as there are rows.
+
+    With split weights all processes have equally many: they gather each layer for each part.
+    """
     rows = _rows(batch)
     if rows < world.size:
         raise UserError(f"a batch of {rows} rows cannot be shared by {world.size} processes")
     mine = torch.tensor(world.share(rows))
-    for piece in mine.tensor_split(min(parts, len(mine))):
+    most = rows // world.size if world.sharded else len(mine)
+    for piece in mine.tensor_split(min(parts, most)):
         first, last = int(piece[0]), int(piece[-1]) + 1
         yield {name: t[first:last] if t.ndim else t for name, t in batch.items()}

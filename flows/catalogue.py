@@ -82,6 +82,11 @@ def _first_sentence(leaf: type[Method]) -> str:
     return text.split("\n\n")[0].replace("\n", " ")
 
 
+def _link(paper: str) -> str:
+    """Where a DOI, which begins with "10.", or an arXiv id leads."""
+    return f"https://{'doi.org' if paper.startswith('10.') else 'arxiv.org/abs'}/{paper}"
+
+
 def page() -> str:
     """docs/methods.md: every axis and method."""
     lines = [
@@ -94,9 +99,7 @@ def page() -> str:
         lines += ["", f"## {axis}"]
         for row in rows:
             anchor = f"{axis}-{row['name']}".replace("/", "-")
-            paper = (
-                f" ([{row['paper']}](https://arxiv.org/abs/{row['paper']}))" if row["paper"] else ""
-            )
+            paper = f" ([{row['paper']}]({_link(row['paper'])}))" if row["paper"] else ""
             lines += ["", f'### <a id="{anchor}"></a>{row["name"]}', "", row["does"] + paper]
             lines += [
                 f"- `{assignment(key, parameter['default'])}`: {parameter['does']}".removesuffix(

@@ -117,6 +117,14 @@ def test_the_page_of_methods_is_the_generated_one():
     assert (ROOT / "docs" / "methods.md").read_text() == page(), "run `make docs`"
 
 
+def test_papers_are_linked_by_what_names_them():
+    linked = dict(re.findall(r"\(\[(\S+)\]\((https://\S+)\)\)$", page(), re.MULTILINE))
+    assert linked.keys() == {row["paper"] for rows in catalogue().values() for row in rows} - {""}
+    for paper, link in linked.items():
+        arxiv = re.fullmatch(r"\d{4}\.\d{4,5}", paper)
+        assert link == f"https://{'arxiv.org/abs' if arxiv else 'doi.org'}/{paper}"
+
+
 def test_the_keys_of_forms_are_the_generated_ones():
     assert json.loads((ROOT / "flows" / "keys.json").read_bytes()) == keys(), "run `make docs`"
 

@@ -252,6 +252,7 @@ def follow(
         errors="replace",
         start_new_session=True,
     )
+    _FOLLOWED.add(process)
     try:
         assert process.stdout is not None
         for text in process.stdout:
@@ -260,6 +261,18 @@ def follow(
     except BaseException:
         end_group(process)
         raise
+    finally:
+        _FOLLOWED.discard(process)
+
+
+_FOLLOWED: set[subprocess.Popen[str]] = set()
+"""The commands that `follow` runs now, in whatever thread."""
+
+
+def end_followed() -> None:
+    """Ends all that `follow` runs in other threads, which an interruption does not reach."""
+    for process in list(_FOLLOWED):
+        end_group(process)
 
 
 def end_group(process: subprocess.Popen[str], grace: float = 10) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.quiet import quiet_environment
+from stages.quiet import guarded, interruptible, quiet_environment
 
 quiet_environment()
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
@@ -35,7 +37,15 @@ from drawplate.settings import read  # noqa: E402
 from flows.ahead import NAME as PREFLIGHT  # noqa: E402
 from flows.ahead import first, forecast_of  # noqa: E402
 from flows.dispatch import STARTS, Dispatch  # noqa: E402
-from flows.graph import Node, Status, new_execution, nodes, refuse_unknown, repro  # noqa: E402
+from flows.graph import (  # noqa: E402
+    Node,
+    Status,
+    end_followed,
+    new_execution,
+    nodes,
+    refuse_unknown,
+    repro,
+)
 from flows.handover import begin, entries, tip  # noqa: E402
 from flows.request import Request  # noqa: E402
 from flows.slots import forget  # noqa: E402
@@ -122,11 +132,19 @@ def in_place(root: Path | None = None, targets: list[str] | None = None) -> list
     order = wanted(nodes(root), targets)
     execution = new_execution()
     futures: dict[str, Any] = {}
-    for node in order:
-        futures[node.name] = run_stage.submit(  # type: ignore[call-overload]
-            Local(name=node.name, root=root, execution=execution),
-            wait_for=[futures[name] for name in node.upstream],
-        )
+    try:
+        for node in order:
+            futures[node.name] = run_stage.submit(  # type: ignore[call-overload]
+                Local(name=node.name, root=root, execution=execution),
+                wait_for=[futures[name] for name in node.upstream],
+            )
+        for future in futures.values():
+            future.wait()
+    except BaseException:  # an interruption, of which the threads of the tasks hear nothing
+        while not all(future.wrapped_future.done() for future in futures.values()):
+            end_followed()
+            time.sleep(0.1)
+        raise
     results: list[StageResult] = [future.result() for future in futures.values()]
     sync(root, execution, {result.name: result.status for result in results})
     return results
@@ -278,6 +296,17 @@ def wanted(order: list[Node], targets: list[str] | None) -> list[Node]:
     return [node for node in order if node.name in needed]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Brings the stages up to date in the current folder: `make flow`."""
+    interruptible()
+    # The server that Prefect starts inherits what is blocked: a terminal's SIGINT, which goes to it
+    # too, then leaves it there to be told that the run is over.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    get_client(sync_client=True)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     for result in in_place(targets=sys.argv[1:] or None):
         print(f"{result.name:10} {result.status}")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -321,16 +321,19 @@ class Rehearsal:
     def of_pretrain(self) -> Any:
         """Steps at one layer and at more."""
         section = self.tree.get("pretrain") or {}
-        if self.pretrain.adopt is not None:
+        adopt = self.pretrain.adopt is not None
+        if adopt and self.pretrain.position is None:
             return self._trained("pretrain", None, lambda layers, steps: section, adopt=True)
 
         def params(layers: int, steps: int) -> Tree:
             training = _with(section.get("training"), steps=steps, save_every=steps)
+            if adopt:
+                return _with(section, training=training)
             model = _with(section.get("model"), layers=layers)
             return _with(section, training=training, model=model)
 
         tokens = self.pretrain.batch * self.pretrain.length
-        return self._trained("pretrain", self.pretrain.training, params, tokens=tokens)
+        return self._trained("pretrain", self.pretrain.training, params, tokens=tokens, adopt=adopt)
 
     def of_compress(self) -> Any:
         """All calibration rows through one block and more; recovery as training."""

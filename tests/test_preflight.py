@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from drawplate.core.errors import Exhausted, UserError
 from drawplate.data.source.docstrings import Docstrings
@@ -107,6 +108,24 @@ def test_a_budget_is_rehearsed_at_the_sizes_that_it_plans(project):
         assert params.training.optimizer == given.training.optimizer
     assert [params.model.layers for params, _ in seen] == rehearsal.sizes
     assert need.seconds == pytest.approx(10 + plan.steps)
+
+
+@pytest.mark.parametrize("position", [None, {"name": "clex"}])
+def test_an_adopted_model_is_rehearsed_in_parts_and_few_steps(project, position):
+    LlamaConfig(num_hidden_layers=7).save_pretrained(project / "theirs")
+    section = {"adopt": str(project / "theirs")}
+    if position is not None:
+        section |= {"position": position, "training": {"steps": 500}}
+    tree = read(project / "params.yaml") | {"pretrain": section}
+    _, need, seen = rehearsed(project, tree)
+    given = validate(pretrain.params, section, "pretrain")
+    assert [layers for _, layers in seen] == [1, 2]
+    if position is None:
+        assert [params for params, _ in seen] == [given, given]
+        return
+    few = given.training.model_copy(update={"steps": 2, "save_every": 2})
+    assert [params.training for params, _ in seen] == [few, few]
+    assert need.seconds == pytest.approx(10 + 500)
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 Each stage is rehearsed in a process of its own, so that its memory is its own: with one layer and
 with a few, all of full width, for a few steps and on a small share of the data; every point saves
 what the next stage loads. What the full size takes lies on the lines through these points
-(`drawplate.forecast`).
+(`drawplate.forecast`). Processes that train together are rehearsed as one, with parts of a batch as
+small as theirs; its memory counts for each of them, though with `sharded` each holds less.
 
 The processes are those of `flows.rehearse`.
 """
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,7 @@ class Rehearsal:
         execution = settings.validate(Execution, tree.get("execution"), "execution")
         self.execution = {"threads": execution.threads, "device": execution.device}
         self.device = execution.device
+        self.nproc, self.processes = execution.nproc, execution.processes
         self.layers = self._all_layers()
         self.sizes = sorted({1, min(self._deep(), self.layers)})
         self.documents = self.here = self.problems = 0.0
@@ -326,7 +329,12 @@ class Rehearsal:
             return self._trained("pretrain", None, lambda layers, steps: section, adopt=True)
 
         def params(layers: int, steps: int) -> Tree:
-            training = _with(section.get("training"), steps=steps, save_every=steps)
+            training = _with(
+                section.get("training"),
+                steps=steps,
+                save_every=steps,
+                accumulate=self.pretrain.training.accumulate * self.processes,
+            )
             if adopt:
                 return _with(section, training=training)
             model = _with(section.get("model"), layers=layers)
@@ -355,6 +363,7 @@ class Rehearsal:
                     given or whole.recover.training.model_dump(mode="json"),
                     steps=steps,
                     save_every=steps,
+                    accumulate=whole.recover.training.accumulate * self.processes,
                 )
                 changed["recover"] = _with(recover, training=training)
             return changed
@@ -383,9 +392,11 @@ class Rehearsal:
         most = max(limits)
 
         def params(layers: int, steps: int) -> Tree:
-            changed = _with(self.tree.get("finetune"), steps=steps, save_every=steps)
             return _with(
-                changed,
+                self.tree.get("finetune"),
+                steps=steps,
+                save_every=steps,
+                accumulate=how.accumulate * self.processes,
                 length={"name": "constant", "tokens": most},
                 select={"name": "every"},
             )
@@ -472,12 +483,14 @@ class Rehearsal:
             # Two checkpoints were written and kept; one more stands beside those that are kept.
             seconds += training.steps * full["each"] + (saves - 1) * work / 2 / rate
             work *= (training.keep + 1) / 2
+        together = getattr(import_module(f"stages.{stage}"), stage).together
         return Need(
             memory=full["memory"],
             seconds=seconds,
             disk=full["disk"],
             work=work,
             device=full.get("device"),
+            processes=self.nproc if together else 1,
         )
 
     def _steps(self, layers: int, tokens: int) -> int:

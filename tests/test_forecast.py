@@ -197,6 +197,20 @@ def test_memory_of_a_device_is_a_limit_of_its_own():
         refuse(need, Limits(9 * GB, 99 * GB, 80 * GB))
 
 
+def test_memory_is_that_of_all_processes_together():
+    four = {**NEEDS, "pretrain": NEEDS["pretrain"].model_copy(update={"processes": 4})}
+    refuse(four, Limits(32 * GB, 99 * GB))
+    says = r"pretrain needs about 32\.0 GB of memory.*; lower execution\.nproc, raise pretrain"
+    with pytest.raises(Exhausted, match=says):
+        refuse(four, Limits(32 * GB - 1, 99 * GB))
+    _, pretrain, compress, whole = (line.split() for line in table(four).splitlines())
+    assert pretrain[:5] == ["pretrain", "4", "x", "8.0", "GB"]
+    assert compress[:3] == ["compress", "9.0", "GB"]
+    assert whole[:3] == ["all", "32.0", "GB"]
+    # Records hold the memory of one process.
+    assert "-20%" in comparison(four, {"pretrain": Actual(10 * GB, None, None)})
+
+
 def test_tables_say_what_was_told_and_found():
     text = table(NEEDS)
     assert [line.split()[0] for line in text.splitlines()[1:]] == ["pretrain", "compress", "all"]

@@ -128,6 +128,16 @@ def test_an_adopted_model_is_rehearsed_in_parts_and_few_steps(project, position)
     assert need.seconds == pytest.approx(10 + 500)
 
 
+@pytest.mark.parametrize("execution", [{}, {"nproc": 4, "nnodes": 2}])
+def test_one_process_is_rehearsed_for_all_that_train_together(project, execution):
+    tree = merge(read(project / "params.yaml"), {"execution": execution})
+    tree["pretrain"]["training"]["accumulate"] = 3
+    _, need, seen = rehearsed(project, tree)
+    assert need.processes == execution.get("nproc", 1)
+    share = 3 * 8 if execution else 3
+    assert [params.training.accumulate for params, _ in seen] == [share, share]
+
+
 @pytest.mark.slow
 def test_two_stages_are_rehearsed_and_the_forecast_is_kept(project):
     tree = read(project / "params.yaml")

@@ -33,7 +33,7 @@ class Need(Frozen):
     """What one stage takes, in bytes and seconds."""
 
     memory: float
-    """Most main memory that its process holds."""
+    """Most main memory that one of its processes holds."""
     seconds: float
     disk: float
     """Its output."""
@@ -41,6 +41,13 @@ class Need(Frozen):
     """Checkpoints and finished blocks while it runs; gone afterwards."""
     device: float | None = None
     """Most memory of the accelerator; None where it runs on the processor."""
+    processes: int = 1
+    """Processes on this machine that hold `memory` each."""
+
+    @property
+    def together(self) -> float:
+        """Main memory of all processes."""
+        return self.memory * self.processes
 
 
 class Actual(NamedTuple):
@@ -59,16 +66,20 @@ def refuse(needs: Mapping[str, Need], limits: Limits) -> None:
     """
     stored = 0.0
     for stage, need in needs.items():
-        _fits(stage, "memory", need.memory, limits.memory)
+        _fits(stage, "memory", need.together, limits.memory, fewer=need.processes > 1)
         if need.device is not None and limits.device is not None:
             _fits(stage, "memory", need.device, limits.device, " of the device")
         stored += COPIES * need.disk
         _fits(stage, "disk", stored + need.work, limits.disk)
 
 
-def _fits(stage: str, resource: str, needed: float, free: int, of: str = "") -> None:
+def _fits(
+    stage: str, resource: str, needed: float, free: int, of: str = "", fewer: bool = False
+) -> None:
     if needed > free:
         remedy = _REMEDIES.get(stage, {}).get(resource, _SMALLER)
+        if fewer:
+            remedy = f"lower execution.nproc, {remedy}"
         what = f"{resource}{of}" if resource == "memory" else "disk, earlier stages included"
         raise Exhausted(
             f"{stage} needs about {size(needed)} of {what}, {size(free)} are free; {remedy}"
@@ -99,10 +110,11 @@ def table(needs: Mapping[str, Need]) -> str:
     rows = [head]
     for stage, need in needs.items():
         device = [size(need.device) if need.device is not None else "-"] if on_device else []
+        each = f"{need.processes} x " if need.processes > 1 else ""
         rows.append(
             [
                 stage,
-                size(need.memory),
+                f"{each}{size(need.memory)}",
                 *device,
                 duration(need.seconds),
                 size(need.disk),
@@ -112,7 +124,7 @@ def table(needs: Mapping[str, Need]) -> str:
     rows.append(
         [
             "all",
-            size(max(need.memory for need in needs.values())),
+            size(max(need.together for need in needs.values())),
             *([""] if on_device else []),
             duration(sum(need.seconds for need in needs.values())),
             size(sum(need.disk for need in needs.values())),

@@ -176,7 +176,7 @@ class Rehearsal:
     def _plan(self) -> None:
         """Puts what the budget plans in its place.
 
-        How many tokens the full corpus has is not known yet: the stage tells where they are too few.
+        How many tokens the full corpus has is not known yet; the stage refuses too few of them.
         """
         from drawplate.data.tokenizer import adopt
         from drawplate.pretrain.budget import SIZES

@@ -115,11 +115,6 @@ class Finetune(Training):
                 f"advantage {self.advantage.name} compares answers to one prompt, so samples has "
                 f"to be at least {self.advantage.least}"
             )
-        if self.samples == 1 and not isinstance(self.select, Every):
-            raise ValueError(
-                f"select {self.select.name} compares answers to one prompt: set samples to at "
-                "least 2, or select every"
-            )
         if (self.critic is None) == ("value" in self.advantage.needs):
             verb = "asks for a critic's values: set" if self.critic is None else "does not ask for"
             raise ValueError(f"advantage {self.advantage.name} {verb} critic")
@@ -128,6 +123,11 @@ class Finetune(Training):
             raise ValueError(f"advantage {self.advantage.name} {verb} window")
         if self.window and (self.cuts or not isinstance(self.select, Every)):
             raise ValueError("with window, answers end one by one: set cuts [] and select every")
+        if self.samples == 1 and not isinstance(self.select, Every):
+            raise ValueError(
+                f"select {self.select.name} compares answers to one prompt: set samples to at "
+                "least 2, or select every"
+            )
         if self.sampling.partial and (self.cuts or self.window):
             raise ValueError(
                 f"sampling {self.sampling.name} draws parts of answers: set cuts [] and no window"

@@ -131,6 +131,11 @@ def test_coarse_units_cost_little_and_the_budget_holds():
                 places = coarse.choose(some, budget)
                 assert size(some, places) <= budget
                 assert predicted(some, places) >= predicted(some, LINEARITY.choose(some, budget))
+        many = layers(100)
+        budget = sum(layer.bytes[-1] for layer in many)
+        places = coarse.choose(many, budget)
+        assert size(many, places) <= budget
+        assert sum(place > 0 for place in places) >= 15  # about one a unit, where units are few
 
 
 def test_a_layer_that_does_not_matter_gets_the_fewest_bits():
@@ -155,7 +160,7 @@ def test_the_slope_is_the_mean_rise_over_the_square_of_the_noise():
 def test_every_field_matters(method):
     """Slopes and choices on a model's layers, in bytes that share no divisor with coarse units."""
     model, usual = tiny.model(), Quantize(bits=3, group=16)
-    paths = list(edits.linears(model))[:4]
+    paths = list(edits.linears(model))[:7]
     tries = {"widths": [(2, 8), (3, 4)], "noise": [0.3], "draws": [1], "units": [16]}
     assert set(fields(method)) <= set(tries)
     for name in fields(method):

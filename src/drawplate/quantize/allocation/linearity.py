@@ -8,8 +8,9 @@ minimised exactly subject to the sum of bytes.
 Paper: Malinovskii et al. 2024, Pushing the Limits of Large Language Model Quantization via the
 Linearity Theorem (HIGGS), arXiv:2411.17525, theorem 1 (section 3) and section 5.
 Deviation: noise is added and subtracted, and the mean of both rises taken, so that terms of odd
-order in t cancel; a slope below zero counts as zero. Bytes are counted in units of their common
-divisor, or of `budget / units` where that is larger, each layer rounded up.
+order in t cancel; a slope below zero counts as zero. Bytes beyond the narrowest forms are counted
+in units of their common divisor, or of a share 1 / `units` of all that the budget leaves for them
+where that is larger, each layer rounded up.
 Cost: 2 draws + 1 passes over the calibration rows a layer; O(layers widths units).
 """
 
@@ -35,7 +36,8 @@ class Linearity(Allocation):
     draws: int = Field(2, ge=1, le=64)
     """Noises drawn a layer, each used with both signs."""
     units: int = Field(65536, ge=16, le=1 << 20)
-    """Steps that the budget is divided into where bytes have no large common divisor."""
+    """Steps that the budget beyond the narrowest widths is divided into where bytes have no large
+    common divisor."""
 
     def slope(self, rise: Rise) -> float:
         """Mean of rise / t^2 over the draws, at least 0."""
@@ -43,14 +45,16 @@ class Linearity(Allocation):
         return max(0.0, total / (self.draws * self.noise**2))
 
     def choose(self, layers: Sequence[Choice], budget: int) -> list[int]:
-        """Layer by layer best[c], the least sum of all layers so far that take c units."""
+        """Layer by layer best[c], the least sum of all layers so far that take c units.
+
+        Units are those of the bytes that a layer takes beyond its narrowest form.
+        """
         require_room(layers, budget)
-        common = gcd(*(size for layer in layers for size in layer.bytes))
-        unit = max(common, -(-budget // self.units))
-        costs = [[-(-size // unit) for size in layer.bytes] for layer in layers]
-        room = budget // unit
-        if sum(cost[0] for cost in costs) > room:  # the narrowest fit, though not when rounded up
-            return [0] * len(layers)
+        more = [[size - layer.bytes[0] for size in layer.bytes] for layer in layers]
+        spare = budget - sum(layer.bytes[0] for layer in layers)
+        unit = max(1, gcd(*(size for sizes in more for size in sizes)), -(-spare // self.units))
+        costs = [[-(-size // unit) for size in sizes] for sizes in more]
+        room = spare // unit
         best = torch.full((room + 1,), torch.inf, dtype=torch.float64)
         best[0] = 0
         taken = []

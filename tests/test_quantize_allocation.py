@@ -272,3 +272,8 @@ def test_widths_have_to_rise():
     for widths in ((4, 2), (2, 2), (), (5,)):
         with pytest.raises(ValidationError):
             type(LINEARITY)(widths=widths)
+
+
+def test_rows_of_one_token_are_refused():
+    with pytest.raises(UserError, match=r"^quantize.calibration.length: .* 2 tokens"):
+        quantize(tiny.model(), tiny.tokens()[:, :1], Quantize(allocation=LINEARITY))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from drawplate import edits
-from drawplate.core.errors import NotFinite
+from drawplate.core.errors import NotFinite, UserError
 from drawplate.core.seeds import generator
 from drawplate.edits.sparse import SparseLinear
 
@@ -16,8 +16,13 @@ def perplexity(model: nn.Module, tokens: Tensor, batch: int = 8) -> float:
     """The exponential of the mean of -ln p over the tokens of rows [N, T], each but a row's first.
 
     Raises:
+        UserError: rows of one token, behind which nothing is left to predict.
         NotFinite: the mean is NaN or infinite.
     """
+    if tokens.shape[1] < 2:
+        raise UserError(
+            "quantize.calibration.length: perplexities need rows of 2 tokens or more, these have 1"
+        )
     total = 0.0
     with edits.materialized(model):
         for rows in torch.split(tokens, batch):

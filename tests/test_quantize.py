@@ -173,6 +173,23 @@ def test_ledger_tells_the_errors_on_the_inputs_that_the_quantized_model_has(name
     assert checked == 6
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("rotate", ["unchanged", "hadamard"])
+def test_ledger_tells_the_errors_of_what_a_model_in_bfloat16_computes_with(bits, rotate):
+    model = tiny.model("llama_untied").bfloat16()
+    old = {path: edits.matrix(module).float() for path, module in edits.linears(model).items()}
+    params = Quantize(bits=bits, group=8, rotate={"name": rotate})
+    for layer in quantize(model, tiny.tokens(), params).layers:
+        if layer.path in old:
+            weight, module = old[layer.path], model.get_submodule(layer.path)
+            if rotate == "unchanged":
+                new = module.matrix().detach().float()
+            else:
+                new = module.rotation().dense(module.core.matrix().detach().float())
+            share = (new - weight).double().square().sum() / weight.double().square().sum()
+            assert layer.weight_error == pytest.approx(float(share), rel=1e-5)
+
+
 def test_gptq_errs_less_than_nearest():
     errors = {}
     for name in ("nearest", "gptq"):

@@ -449,7 +449,9 @@ def _layer(
     rotation: Rotation = Rotation(),
 ) -> Layer:
     """The ledger's row for one module."""
-    difference, dense = (rotation.dense(part.weight()) - weight).double(), weight.double()
+    dtype = edits.placement(old)["dtype"]  # a stand-in decodes to it
+    difference = (rotation.dense(part.weight().to(dtype).float()) - weight).double()
+    dense = weight.double()
     return Layer(
         path=edit.module,
         bits=edit.bits,

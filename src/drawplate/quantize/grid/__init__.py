@@ -2,9 +2,10 @@
 
 A grid is a table of levels. A group of weights shares one scale and, where the grid has one, an
 integer zero point; code c then stands for (levels[c] - zero) * scale. A scale is rounded up to
-bfloat16 before any code is chosen, so that what is decoded later is what was optimised here. Some
-grids learn their table from the weights: one for a layer, or one for each of its rows. A table of
-points serves neighbouring weights together: their codes side by side are the number of a point.
+bfloat16 before any code is chosen, so that what is decoded later is what was optimised here, up to
+a last rounding to the model's own dtype. Some grids learn their table from the weights: one for a
+layer, or one for each of its rows. A table of points serves neighbouring weights together: their
+codes side by side are the number of a point.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from drawplate.core.errors import UserError
 from drawplate.train import optimizer as optimizer_module
@@ -155,6 +156,37 @@ def test_saved_and_loaded_it_goes_on_bit_by_bit(method: Transform) -> None:
     second.load_tensors(saved)
     steps(fresh, second, n=5, first=5)
     assert all(torch.equal(a, b) for a, b in zip(whole, fresh, strict=True))
+
+
+@law(Transform)
+def test_a_layer_that_stores_inputs_by_outputs_takes_the_same_steps(method: Transform) -> None:
+    """GPT-2's layers do; some are wide and some tall, one is shaped like another's transpose."""
+    shapes = [(4, 3), (3, 4), (3, 4), (5, 5)]
+    draw = torch.Generator().manual_seed(0)
+    weights = [torch.randn(o, i, generator=draw, dtype=torch.float64) for o, i in shapes]
+    models = []
+    for kinds in ("LLLL", "CCLC"):
+        layers = nn.ModuleList()
+        for kind, weight in zip(kinds, weights, strict=True):
+            o, i = weight.shape
+            layer = Conv1D(o, i) if kind == "C" else nn.Linear(i, o)
+            layer.weight = nn.Parameter(weight.mT.contiguous() if kind == "C" else weight.clone())
+            layers.append(layer.requires_grad_(False))
+            layer.weight.requires_grad_()
+        models.append(layers)
+    chains = [Optimizer(matrices=Group(transforms=(method,))).build(m) for m in models]
+    for step in range(4):
+        for number, weight in enumerate(weights):
+            grad = torch.randn(weight.shape, generator=draw, dtype=torch.float64)
+            plain, other = (m[number] for m in models)
+            absent = step == 2 and number == 1
+            plain.weight.grad = None if absent else grad
+            other.weight.grad = None if absent else grad.mT if isinstance(other, Conv1D) else grad
+        for one in chains:
+            one.step()
+    for plain, other in zip(*models, strict=True):
+        turned = other.weight.mT if isinstance(other, Conv1D) else other.weight
+        torch.testing.assert_close(turned, plain.weight, rtol=1e-10, atol=1e-12)
 
 
 def test_state_dict_goes_through_torch_save_and_keeps_rates(tmp_path: Any) -> None:

@@ -7,7 +7,7 @@ Everything that is not a formula of one method is here: groups, decoupled decay,
 stacked, so that a chain runs once per shape instead of once per parameter.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
@@ -54,12 +54,14 @@ class Optimizer(Frozen):
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         head = getattr(model, "get_output_embeddings", lambda: None)()
         tables |= {id(p) for p in head.parameters()} if head is not None else set()
+        # GPT-2's layers; known by name, as importing transformers takes seconds.
+        turned = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
         groups: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 matrix = parameter.ndim >= 2 and id(parameter) not in tables
                 groups[matrix].append((name, parameter))
-        return Chain([(self.matrices, groups[True]), (self.rest, groups[False])])
+        return Chain([(self.matrices, groups[True]), (self.rest, groups[False])], turned)
 
 
 @dataclass
@@ -72,6 +74,8 @@ class Stack:
     memories: list[Memory] = field(default_factory=list)
     master: Tensor | None = None
     """[N, ...] in 32 bits where the parameters have 16."""
+    turned: bool = False
+    """Whether the parameters are stored as inputs by outputs."""
 
     @torch.no_grad()
     def start(self) -> None:
@@ -80,7 +84,23 @@ class Stack:
         if local.dtype in (torch.bfloat16, torch.float16):
             self.master = local = local.float()
         for transform in self.transforms:
-            self.memories.append(transform.init(self.gather(local) if transform.needs else local))
+            self.memories.append(transform.init(self.given(local, transform)))
+
+    def given(self, stacked: Tensor, transform: Transform) -> Tensor:
+        """What `transform` is handed: whole where it needs that, its matrices as O by I."""
+        if transform.needs and isinstance(self.parameters[0], DTensor):
+            stacked = self.gather(stacked)
+        return stacked.mT if self._turns(transform) else stacked
+
+    def taken(self, stacked: Tensor, transform: Transform) -> Tensor:
+        """The way back from `given`."""
+        stacked = stacked.mT.contiguous() if self._turns(transform) else stacked
+        if transform.needs and isinstance(self.parameters[0], DTensor):
+            stacked = self.share(stacked)
+        return stacked
+
+    def _turns(self, transform: Transform) -> bool:
+        return self.turned and "matrix" in transform.needs
 
     def gather(self, stacked: Tensor) -> Tensor:
         """[N, rows of this process, ...] -> [N, all rows, ...]."""
@@ -102,16 +122,12 @@ class Stack:
         weight = torch.stack(locals_) if self.master is None else self.master
         grads = [_local(cast("Tensor", p.grad)) for p in self.parameters]
         direction = torch.stack(grads).to(weight.dtype)
-        split = isinstance(self.parameters[0], DTensor)
         for i, transform in enumerate(self.transforms):
-            wide = split and bool(transform.needs)
             direction = direction.to(locals_[0].dtype if transform.coarse else weight.dtype)
             direction, self.memories[i] = transform.update(
-                self.gather(direction) if wide else direction,
-                self.memories[i],
-                self.gather(weight) if wide else weight,
+                self.given(direction, transform), self.memories[i], self.given(weight, transform)
             )
-            direction = self.share(direction) if wide else direction
+            direction = self.taken(direction, transform)
         direction = direction.to(weight.dtype)
         weight = (weight * (1 - rate * decay)).sub_(direction, alpha=rate)
         if self.master is not None:
@@ -128,6 +144,7 @@ class Stack:
             self.transforms,
             [{k: v[chosen] for k, v in memory.items()} for memory in self.memories],
             None if self.master is None else self.master[chosen],
+            self.turned,
         )
         some.step(rate, decay)
         if self.master is not None and some.master is not None:
@@ -138,9 +155,16 @@ class Stack:
 
 
 class Chain(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` made of transforms; its groups carry `lr` and `weight_decay`."""
+    """A `torch.optim.Optimizer` made of transforms; its groups carry `lr` and `weight_decay`.
 
-    def __init__(self, groups: Iterable[tuple[Group, Iterable[tuple[str, Tensor]]]]) -> None:
+    `turned` holds the ids of matrices that are stored as inputs by outputs.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[tuple[Group, Iterable[tuple[str, Tensor]]]],
+        turned: Collection[int] = (),
+    ) -> None:
         listed = [(group, list(named)) for group, named in groups]
         listed = [(group, named) for group, named in listed if named]
         if not listed:
@@ -155,7 +179,12 @@ class Chain(torch.optim.Optimizer):
         self.stacks: list[list[Stack]] = []
         for group, named in listed:
             _check(group, named)
-            self.stacks.append([Stack(*part, group.transforms) for part in _by_shape(named)])
+            self.stacks.append(
+                [
+                    Stack(*part, group.transforms, turned=id(part[1][0]) in turned)
+                    for part in _by_shape(named, turned)
+                ]
+            )
         for stack in self._all():
             stack.start()
 
@@ -250,11 +279,13 @@ def _check(group: Group, named: list[tuple[str, Tensor]]) -> None:
             )
 
 
-def _by_shape(named: list[tuple[str, Tensor]]) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """Parameters of equal shape, dtype and device together, in stacks of bounded size."""
+def _by_shape(
+    named: list[tuple[str, Tensor]], turned: Collection[int]
+) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """Parameters of equal shape, dtype, device and turn together, in stacks of bounded size."""
     kinds: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
     for name, parameter in named:
-        kind = (parameter.shape, parameter.dtype, parameter.device)
+        kind = (parameter.shape, parameter.dtype, parameter.device, id(parameter) in turned)
         kinds.setdefault(kind, []).append((name, parameter))
     for members in kinds.values():
         many = max(1, STACK // max(1, members[0][1].numel()))

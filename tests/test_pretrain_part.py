@@ -109,6 +109,20 @@ def test_a_step_that_is_skipped_counts_and_leaves_no_trace(
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == (step == 7)
 
 
+def test_running_means_see_each_token_once_where_rows_are_weighed(corpus, tmp_path, monkeypatch):
+    """Not also in the passes that the rows' weights come from, as often as there are spans."""
+    settle, counts = PowerNorm.settle, []
+
+    def counted(self, seen, *given):
+        counts.append(seen[0])
+        settle(self, seen, *given)
+
+    monkeypatch.setattr(PowerNorm, "settle", counted)
+    monkeypatch.setattr("drawplate.train.rowwise.gram.__defaults__", (4 * 4000,))
+    run(corpus, tmp_path, 2, training={"direction": {"name": "sven"}}, **POWER)
+    assert set(counts) == {4 * 16}
+
+
 def test_without_parts_a_run_is_named_and_saved_as_ever(corpus):
     params = cases.params()
     task = Kept(params, nn.Linear(1, 1), Held(), World(), None, {})

@@ -425,6 +425,7 @@ class _Run:
         with torch.no_grad():
             for name, buffer in before.items():
                 self.buffers[name].copy_(buffer)
+        self.model.train()  # modules forget what they were shown: the passes below are the step's
         if products.isfinite().all() and losses.isfinite().all():
             weights = self.settings.direction.weights(products, losses)
         else:  # the guard shall see it

@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -63,6 +64,7 @@ def check(root: Path, commits: Sequence[str] | None = None) -> list[Finding]:
         raise UserError(f"{root} has no dvc.lock: nothing was computed here yet")
     findings: list[Finding] = []
     read: set[tuple[str, str]] = set()
+    stored = cache(_stored)
     with Repo(str(root)) as repo:
         stores = _stores(repo)
         for _ in repo.brancher(revs=list(commits or []), workspace=False):
@@ -73,9 +75,9 @@ def check(root: Path, commits: Sequence[str] | None = None) -> list[Finding]:
                 if (path, out.hash_info.value) in read:
                     continue
                 read.add((path, out.hash_info.value))
-                for name, digest in _members(path, out.hash_info.value, stores):
+                for name, digest in _members(path, out.hash_info.value, stores, stored):
                     findings += [
-                        Finding(name, place, _stored(store, digest), digest)
+                        Finding(name, place, stored(store, digest), digest)
                         for place, store in stores.items()
                     ]
                     if commits is None and not digest.endswith(".dir"):
@@ -91,13 +93,15 @@ def _stores(repo: Any) -> dict[Place, Any]:
     return stores
 
 
-def _members(path: str, digest: str, stores: Mapping[Place, Any]) -> Iterator[tuple[str, str]]:
+def _members(
+    path: str, digest: str, stores: Mapping[Place, Any], stored: Callable[[Any, str], State]
+) -> Iterator[tuple[str, str]]:
     """The output and, where it is a folder, its files by the first whole listing there is."""
     yield path, digest
     if not digest.endswith(".dir"):
         return
     for store in stores.values():
-        if _stored(store, digest) == "whole":
+        if stored(store, digest) == "whole":
             with store.fs.open(store.oid_to_path(digest), "rb") as file:
                 for entry in json.load(file):
                     yield f"{path}/{entry['relpath']}", entry["md5"]
@@ -149,11 +153,15 @@ def repair(
 
     root = root.resolve()
     whole = {finding.digest: finding for finding in findings if finding.state == "whole"}
+    # Outputs that hold the same share one copy in a store; in the checkout each has its own.
+    damaged = {
+        (f.place, f.path if f.place == "checkout" else f.digest): f
+        for f in findings
+        if f.state == "damaged"
+    }
     with Repo(str(root)) as repo:
         stores = _stores(repo)
-        for finding in findings:
-            if finding.state != "damaged":
-                continue
+        for finding in damaged.values():
             with ExitStack() as files:
                 good = whole.get(finding.digest)
                 content = files.enter_context(_open(root, stores, good)) if good else None
@@ -172,7 +180,8 @@ def repair(
         lost = {finding.digest for finding in faults(findings)} - set(whole)
         listings = {f.digest: f.path for f in findings if f.digest.endswith(".dir")}
         for listing, path in listings.items():
-            if not lost.isdisjoint(digest for _, digest in _members(path, listing, stores)):
+            members = _members(path, listing, stores, _stored)
+            if not lost.isdisjoint(digest for _, digest in members):
                 for store in stores.values():
                     if store.exists(listing):
                         store.delete(listing)

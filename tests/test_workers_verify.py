@@ -8,6 +8,7 @@ import pytest
 from workers_cases import git, make_project, run_in
 
 from drawplate.core.errors import UserError
+from flows import verify
 from flows.handover import begin
 from flows.verify import check, faults, repair, verify_source
 from flows.workspace import Workspace, source, workspace
@@ -119,6 +120,36 @@ def test_what_is_whole_nowhere_is_taken_away_and_computed_again(project):
     assert {(f.path, f.state) for f in left} == {("single", "missing")}
     subprocess.run([*DVC, "repro", "-q"], cwd=project, check=True, capture_output=True)
     assert faults(check(project)) == []
+
+
+SHARED = """
+stages:
+  one: {cmd: mkdir -p one && echo same > one/tokenizer && echo 1 > one/weights, outs: [one]}
+  two: {cmd: mkdir -p two && echo same > two/tokenizer && echo 2 > two/weights, outs: [two]}
+"""
+
+
+def test_a_file_that_outputs_share_is_read_once_and_mended_once(tmp_path, monkeypatch):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "dvc.yaml").write_text(SHARED)
+    for arguments in (["init", "-q"], ["config", "cache.type", "copy"], ["repro", "-q"]):
+        subprocess.run([*DVC, *arguments], cwd=tmp_path, check=True, capture_output=True)
+    found = [f for f in check(tmp_path) if f.path.endswith("/tokenizer")]
+    assert [f.place for f in found] == ["cache", "checkout"] * 2
+    assert len({f.digest for f in found}) == 1
+    for path in {place_of(tmp_path, f) for f in found}:
+        flip(path)
+    read = []
+    stored = verify._stored
+    monkeypatch.setattr(
+        verify, "_stored", lambda store, digest: read.append(digest) or stored(store, digest)
+    )
+    damaged = check(tmp_path)
+    assert sorted(read) == sorted({f.digest for f in damaged})
+    assert len(faults(damaged)) == 4
+    assert {f.state for f in repair(tmp_path, damaged)} == {"missing"}
+    subprocess.run([*DVC, "repro", "-q"], cwd=tmp_path, check=True, capture_output=True)
+    assert faults(check(tmp_path)) == []
 
 
 def test_the_command_says_what_is_damaged_and_mends_it(project):

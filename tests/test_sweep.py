@@ -215,6 +215,12 @@ def test_a_text_in_dvcs_care_reaches_trials_before_dvc_lock_is_committed(project
     )
     assert [row.outcome.error for row in found.rows] == [None]
     assert counted(project) == {"pretrain": 1}
+    notes = project / "texts" / "notes.txt"
+    notes.write_text("another one")
+    with pytest.raises(UserError, match=r"^texts/notes\.txt differs from what `dvc add` noted"):
+        committed(project, steps(project, ()))
+    notes.unlink()  # trials have it all the same
+    assert committed(project, steps(project, ())) == git(project, "rev-parse", "HEAD")
 
 
 WRONG = [

@@ -139,6 +139,15 @@ def committed(root: Path, order: list[Step]) -> str:
     def within(file: str, places: Iterable[str]) -> bool:
         return any(Path(file).is_relative_to(place) for place in places)
 
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        for added in (out for s in repo.index.stages if s.is_data_source for out in s.outs):
+            if "modified" in added.workspace_status().values():
+                raise UserError(
+                    f"{added} differs from what `dvc add` noted of it, which trials get: "
+                    "add it again and commit that first"
+                )
     read = [dep for step in order for dep in step.deps]
     made = ["dvc.lock", *(out for step in order for out in step.outs)]
     for file in [*changed, *(file for file in new if within(file, read))]:

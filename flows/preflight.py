@@ -392,7 +392,7 @@ class Rehearsal:
         most = max(limits)
 
         def params(layers: int, steps: int) -> Tree:
-            return _with(
+            changed = _with(
                 self.tree.get("finetune"),
                 steps=steps,
                 save_every=steps,
@@ -400,6 +400,10 @@ class Rehearsal:
                 length={"name": "constant", "tokens": most},
                 select={"name": "every"},
             )
+            if how.self_play is not None:
+                # So that the few steps hold rounds, which are what takes time.
+                changed["self_play"] = how.self_play.model_dump(mode="json") | {"warm": 1}
+            return changed
 
         lengths = [min(limit, size) for limit in limits for size in self.answers]
         expected = sum(lengths) / len(lengths)
@@ -410,7 +414,7 @@ class Rehearsal:
                 "sample",
                 model=str(self.models["quantize", layers]),
                 corpus=str(self.folder / "corpus"),
-                params=params(layers, how.updates),
+                params=params(layers, how.updates + 1),
                 execution=self.execution,
             )["seconds"]
             # What a step samples more or less than it did in the rehearsal.

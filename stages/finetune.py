@@ -37,7 +37,7 @@ class Report(Frozen):
     truncated: float
     generated: int = Field(description="Tokens that the model wrote to learn from.")
     solved_heldout: float | None = Field(
-        description="Share of held-out statements that it proves; with self-play only."
+        description="Share of held-out statements that the new model proves; with self-play only."
     )
     bytes_before: int
     bytes_after: int
@@ -85,5 +85,5 @@ def body(params: Finetune, inputs: Inputs, run: Run) -> Report:
 
 
 finetune = Stage(
-    "finetune", Finetune, Inputs, body, "model", example="-S finetune.steps=50", together=True
+    "finetune", Finetune, Inputs, body, "model", example="-S finetune.steps=100", together=True
 )

@@ -125,8 +125,8 @@ def test_the_last_word_is_the_users():
         assert found == {4 if changes else 40}
 
 
-ALONE = {"dot": "at least 11 samples"}
-"""Presets that the usual settings have no place for, unlike the quick ones, and why."""
+ALONE = {False: {"dot": "at least 11 samples"}, True: {"stp": "begins its rounds after 50 steps"}}
+"""Quick or not -> presets that the settings have no place for, and why."""
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -134,9 +134,16 @@ ALONE = {"dot": "at least 11 samples"}
 def test_presets_can_take_part_in_the_default_settings(stage, quick):
     tree = read(Path(__file__).parents[1] / "params.yaml")
     for name, contender in plan.plan(stage, (), tree, quick).contenders.items():
-        alone = not quick and name in ALONE
-        with pytest.raises(UserError, match=ALONE[name]) if alone else nullcontext():
+        alone = ALONE[quick].get(name)
+        with pytest.raises(UserError, match=alone) if alone else nullcontext():
             plan.seeded(stage, contender, 1)
+
+
+def test_a_quick_look_at_self_play_plays_rounds():
+    made = plan.plan("finetune.self_play", (), {}, True).contenders
+    for name in ("stp", "expert_iteration"):
+        how = validate(plan.params_of("finetune"), made[name]["finetune"], "finetune")
+        assert how.steps > how.self_play.warm
 
 
 def test_a_preset_with_a_budget_gets_the_operations_of_the_others():

@@ -17,6 +17,8 @@ from drawplate.data.source.parquet import Parquet
 from drawplate.data.source.text import Text
 from drawplate.forecast.machine import Limits
 from drawplate.pretrain.budget import SIZES
+from drawplate.rl.params import Finetune
+from drawplate.rl.selfplay.stp import Stp
 from drawplate.settings import merge, preset, read, validate
 from flows.preflight import FORECAST, Rehearsal, compared, forecast, preflight, save
 from flows.rehearse import _left, _some, folder_size
@@ -248,6 +250,32 @@ def test_less_is_read_of_every_kind_of_source(tmp_path):
 
     assert _some(Hub(split="train"), 10, tmp_path / "f").split == "train[:10%]"
     assert _some(Hub(split="train[:50]"), 10, tmp_path / "g").split == "train[:50]"
+
+
+@pytest.mark.parametrize("updates", [1, 8])
+def test_a_rehearsal_of_self_play_holds_two_rounds(project, monkeypatch, updates):
+    small = {"steps": 100, "samples": 8, "updates": updates, "self_play": {"name": "stp"}}
+    rehearsed, sampled = [], []
+
+    class Told:
+        def ask(self, order, **given):
+            sampled.append(given["params"])
+            return {"seconds": 1.0}
+
+    tree = merge(read(project / "params.yaml"), {"finetune": small})
+    rehearsal = Rehearsal(tree, {"finetune": Told()}, project)
+    rehearsal.answers, rehearsal.models["quantize", 1] = [1.0], project
+
+    def trained(stage, training, params, *, model, cycle, adjust):
+        rehearsed.append(params(1, 2 * cycle + 1))
+        adjust(1)
+
+    monkeypatch.setattr(rehearsal, "_trained", trained)
+    rehearsal.of_finetune()
+    for tree in (*rehearsed, *sampled):
+        how = validate(Finetune, tree, "finetune")
+        assert how.self_play == Stp(warm=1)
+    assert rehearsed[0]["steps"] == 2 * updates + 1
 
 
 @pytest.mark.slow

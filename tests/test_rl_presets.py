@@ -6,9 +6,10 @@ import torch
 
 from drawplate.rl.driver import finetune
 from drawplate.rl.params import Finetune
-from drawplate.settings import merge, preset, presets, validate
+from drawplate.settings import merge, override, preset, presets, validate
 from drawplate.settings import read as read_params
 from drawplate.train.series import read
+from stages.finetune import finetune as finetune_stage
 from tests import tiny
 from tests.oracle.rl.shaping import overlong_ramp
 from tests.rl_cases import rollout
@@ -53,6 +54,8 @@ def test_real_steps(name, tmp_path):
     """From the file, through validation, to rollouts of a real decoder that change its weights."""
     tree = merge(DEFAULTS, preset(name)["finetune"])
     steps = BATCHES * tree.get("updates", 1)
+    if tree["self_play"]:
+        tree["self_play"]["warm"] = 1
     how = validate(Finetune, merge(tree, SMALL | {"steps": steps}), "finetune")
     model = tiny.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -81,6 +84,8 @@ def test_fits_the_decoder_of_the_default_run(name):
     how = validate(Finetune, tree["finetune"], "finetune")
     limits = [how.length.limit(step, how.steps) for step in range(how.steps)]
     assert max(limits) <= tree["pretrain"]["model"]["context"] // 2  # the rest is for prompts
+    change = finetune_stage.example.removeprefix("-S ")
+    validate(Finetune, override(tree, [change])["finetune"], "finetune")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from drawplate.core.errors import UserError
 from drawplate.core.seeds import generator
+from drawplate.rl import driver
 from drawplate.rl.adapt.full import Full
 from drawplate.rl.checker import Checker
 from drawplate.rl.checker.arithmetic import Arithmetic
 from drawplate.rl.checker.lean import Lean
 from drawplate.rl.length.constant import Constant
+from drawplate.rl.merge import Merge
 from drawplate.rl.params import Finetune
 from drawplate.rl.play import Play, Said
 from drawplate.rl.selfplay import SelfPlay, Tried
@@ -519,6 +521,41 @@ def test_stopped_and_resumed_gives_the_same_bytes(tmp_path):
     assert rows[-1]["generated"] > 0
 
 
+@law(Merge)
+def test_what_is_solved_in_the_end_is_said_of_the_model_that_is_kept(method, tmp_path, monkeypatch):
+    how, heard = settings(merge=method), []
+
+    class Late(Scripted):
+        """Proves what is held out only after its three rounds, at steps 2, 4 and 6."""
+
+        def _say(self, prompts, temperature, limit, name):
+            if temperature:
+                return super()._say(prompts, temperature, limit, name)
+            heard.append({key: value.clone() for key, value in self.model.state_dict().items()})
+            if len(heard) == 4:
+                return super()._say(prompts, temperature, limit, name)
+            return [Said("?\n", 2, True) for _ in prompts]
+
+    monkeypatch.setattr(driver, "Play", Late)
+    model = tiny.model().bfloat16()
+    asked = {"prompts": [[5]], "score": lambda index, text: 0.0, "about": "self-play"}
+    outcome = driver.finetune(
+        model, how, **asked, decode=decode, encode=encode, end=END, work=tmp_path
+    )
+    assert [row["solved_heldout"] for row in read(outcome.metrics)] == [0] * how.steps
+    assert outcome.last["solved_heldout"] == 1
+    assert len(heard) == 4
+    assert same(heard[-1], dict(model.state_dict()))
+    assert not same(heard[-1], heard[-2])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_without_a_round_is_refused(steps):
+    with pytest.raises(ValueError, match="begins its rounds after 2 steps"):
+        settings(steps=steps)
+    assert settings(steps=3, updates=1).steps == 3
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("checker", EASY | {"largest": 4}), ("seeds", 11), ("given", 7), ("heldout", 3), ("warm", 3),
@@ -534,7 +571,7 @@ def test_every_field_of_self_play_matters(field, value):
 
 
 def test_too_few_examples_are_said_before_anything_is_trained(lean):
-    how = settings(Stp(checker={"name": "lean"}))
+    how = settings(Stp(checker={"name": "lean"}), steps=60)
     with pytest.raises(UserError, match=r"352 examples wanted, `given` lists 8"):
         play(how)
 
@@ -547,7 +584,7 @@ def test_answers_that_do_not_fit_are_refused_before_anything_is_trained():
 def test_lean_has_to_be_there_from_the_start(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="is not installed"):
-        play(settings(Stp(checker={"name": "lean"}, seeds=4, given=2, heldout=2)))
+        play(settings(Stp(checker={"name": "lean"}, seeds=4, given=2, heldout=2, warm=1)))
 
 
 def test_self_play_with_lean(lean):

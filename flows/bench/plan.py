@@ -37,6 +37,7 @@ QUICK = {
     "compress": ("calibration.rows=16", "recover=null"),
     "quantize": ("calibration.rows=16",),
     "finetune": ("steps=2", "prompts=2", "samples=12"),
+    "finetune.self_play": ("steps=60",),
     "evaluate": (
         *("documents=10", "problems=40", "samples=1", "passes=[1]"),
         *("max_new=64", "probe=null"),

@@ -434,6 +434,10 @@ def finetune(
     task.merge()
     how.adapt.finish(model)
     precision.cast(model, stored)
+    if isinstance(task, Play):
+        # The last round came before the last steps, merging and rounding.
+        last = {**outcome.last, "solved_heldout": task.solved(how.steps)}
+        outcome = replace(outcome, last=last)
     return outcome
 
 

@@ -135,6 +135,11 @@ class Finetune(Training):
         for cut in self.cuts:
             if self.samples < cut.least:
                 raise ValueError(f"cut {cut.name} needs at least {cut.least} samples to find any")
+        if self.self_play and self.steps <= self.self_play.warm:
+            raise ValueError(
+                f"self_play begins its rounds after {self.self_play.warm} steps, as warm says: set "
+                "steps higher, or warm lower"
+            )
         if self.updates > self.prompts * self.samples:
             raise ValueError(
                 f"updates cannot exceed prompts x samples = {self.prompts * self.samples}"

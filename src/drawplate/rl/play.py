@@ -49,8 +49,9 @@ class Play:
 
     Metrics of a round: `pass_rate` of all attempts (`reward` too); `fresh`, the share of what was
     conjectured that is a statement nobody made before, and `band`, the share of these that was
-    chosen; `solved_heldout`, by the likeliest tokens; `proven`, statements with a proof besides the
-    seeds; `generated`, tokens of all rounds so far. Before the first round all are zero.
+    chosen; `solved_heldout`, by the likeliest tokens of the model that plays the round; `proven`,
+    statements with a proof besides the seeds; `generated`, tokens of all rounds so far. Before the
+    first round all are zero.
     """
 
     def __init__(
@@ -158,6 +159,14 @@ class Play:
         ]
 
     @torch.no_grad()
+    def solved(self, step: int) -> float:
+        """Share of the held-out statements that the model as it is now proves, at its likeliest."""
+        self.model.eval()
+        limit = self.how.length.limit(min(step, self.how.steps - 1), self.how.steps)
+        right = self._proofs(self.heldout, 0.0, limit, ("heldout",))[1]
+        return sum(right) / len(right)
+
+    @torch.no_grad()
     def _play(self, number: int, step: int) -> None:
         """One round, with the model as it is now."""
         how, play = self.how, self.play
@@ -182,7 +191,6 @@ class Play:
                 self.proofs[statement] = list(dict.fromkeys(kept))[: play.proofs]
         chosen = play.chosen(tried[: len(new)])
         self.taught += [pair for pair, take in zip(new, chosen, strict=True) if take]
-        solved = self._proofs(self.heldout, 0.0, limit, ("heldout", number))[1]
         count = max(len(tries), 1)
         self.round = number
         self.figures = {
@@ -192,7 +200,7 @@ class Play:
             "truncated": sum(not each.finished for each in said) / count,
             "fresh": len(new) / max(asked, 1),
             "band": sum(chosen) / max(len(new), 1),
-            "solved_heldout": sum(solved) / len(solved),
+            "solved_heldout": self.solved(step),
             "proven": float(len(self.proofs) - len(self.seeds)),
             "generated": float(self.generated),
         }

@@ -38,7 +38,7 @@ class SelfPlay(Method):
     given: PositiveInt = 256
     """Statements that are given without one."""
     heldout: PositiveInt = 32
-    """Statements whose proofs are counted after each round and never learned from."""
+    """Statements whose proofs are counted in each round and in the end, and never learned from."""
     warm: PositiveInt = 50
     """First steps, on the seeds alone: they teach the two forms of text."""
     rows: PositiveInt = 32

@@ -1,6 +1,7 @@
 """Chain: equal to torch's optimizers where they exist, and to itself however it is run."""
 
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -187,6 +188,25 @@ def test_a_layer_that_stores_inputs_by_outputs_takes_the_same_steps(method: Tran
     for plain, other in zip(*models, strict=True):
         turned = other.weight.mT if isinstance(other, Conv1D) else other.weight
         torch.testing.assert_close(turned, plain.weight, rtol=1e-10, atol=1e-12)
+
+
+def test_whole_tensors_are_handed_on_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is gone before the one after the next is gathered."""
+    one = chain(parameters())
+    wanted = one.tensors()
+    gathered: list[ref[Tensor]] = []
+    alive = []
+
+    def whole(own: Tensor, parameter: Tensor) -> Tensor:
+        alive.append(sum(old() is not None for old in gathered))
+        made = own.clone()
+        gathered.append(ref(made))
+        return made
+
+    monkeypatch.setattr(optimizer_module, "_whole", whole)
+    assert all(torch.equal(value, wanted[key]) for key, value in one.each())
+    assert len(alive) == len(wanted) == len(SHAPES)
+    assert max(alive) == 1
 
 
 def test_state_dict_goes_through_torch_save_and_keeps_rates(tmp_path: Any) -> None:

@@ -1,7 +1,8 @@
 """Several processes that train one model: each its rows of the batch, or also its share of weights.
 
 Started by torchrun. `data`: every process holds the whole model, gradients are added up. `sharded`:
-weights, gradients and optimizer state are split by rows (FSDP2) and gathered layer by layer.
+weights, gradients and optimizer state are split by rows (FSDP2) and gathered layer by layer, for a
+checkpoint tensor by tensor.
 """
 
 import os
@@ -152,9 +153,12 @@ def join(mode: Mode = "data") -> Iterator[World]:
 
 @torch.no_grad()
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """`model.state_dict()` with every tensor whole; all processes of a sharded run call it."""
+    """`model.state_dict()` with every tensor whole and on the CPU, where all of them have to fit.
+
+    All processes of a sharded run call it.
+    """
     return {
-        name: value.full_tensor() if isinstance(value, DTensor) else value
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
         for name, value in model.state_dict().items()
     }
 

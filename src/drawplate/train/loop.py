@@ -524,8 +524,10 @@ class _Run:
         """Publish the state after `step` steps; all processes of a sharded run take part."""
         if self.step > self.history.trouble and self.step % self.settings.save_every == 0:
             self.history.rollbacks = 0
-        tensors = {f"optimizer/{k}": v for k, v in self.chain.tensors().items()}
-        tensors |= {f"buffer/{k}": v for k, v in self.buffers.items()}
+        tensors = {f"buffer/{k}": v for k, v in self.buffers.items()}
+        for key, value in self.chain.each():
+            if self.world.first:
+                tensors[f"optimizer/{key}"] = value.detach().cpu()
         record = {
             "step": self.step,
             "jump": self.jump,

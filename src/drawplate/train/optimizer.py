@@ -206,22 +206,25 @@ class Chain(torch.optim.Optimizer):
             group["lr"] = group["peak"] * factor
 
     @torch.no_grad()
-    def tensors(self) -> dict[str, Tensor]:
+    def each(self) -> Iterator[tuple[str, Tensor]]:
         """Everything a resumed run needs, whole and by parameter name, wherever it was computed.
 
         Keys are `weight/NAME` (in 32 bits where such a copy is kept) and `memory/NAME/LINK/KEY`.
-        Every process of a split run has to call this.
+        Every process of a split run has to go through all of it; each tensor is gathered when it
+        is its turn, so that they need not fit a device together.
         """
-        found = {}
         for stack in self._all():
             for i, (name, parameter) in enumerate(zip(stack.names, stack.parameters, strict=True)):
                 own = _local(parameter) if stack.master is None else stack.master[i]
-                found[f"weight/{name}"] = _whole(own, parameter)
+                yield f"weight/{name}", _whole(own, parameter)
                 for link, key, value, split in _remembered(stack):
                     row = value[i]
                     whole = _whole(row, parameter) if split else row
-                    found[f"memory/{name}/{link}/{key}"] = whole
-        return found
+                    yield f"memory/{name}/{link}/{key}", whole
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of `each` at once."""
+        return dict(self.each())
 
     @torch.no_grad()
     def load_tensors(self, found: Mapping[str, Tensor]) -> None:

@@ -47,7 +47,11 @@ Batch = Mapping[str, Tensor]
 """Named tensors; those with dimensions share their first one, the rows. Scalars go to all parts."""
 
 EXECUTION = {"accumulate", "compile", "save_every", "keep"}
-"""Settings that decide how a run is carried out, not what it computes."""
+"""Settings that decide how a run is carried out, not what it is to compute.
+
+They may show in the result: sums are taken in another order, and after bad numbers training goes
+back to a checkpoint, of which `save_every` says where they are.
+"""
 
 
 class Task(Protocol):

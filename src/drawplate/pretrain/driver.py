@@ -165,10 +165,18 @@ class Held(Optimizer):
         self._chain = super().build(model)
         return self._chain
 
+    @torch.no_grad()
     def renew(self, model: nn.Module, names: Collection[str]) -> None:
-        """Take the parameters `names` as they stand in `model`, with memories as at the start."""
+        """Take the parameters `names` as they stand in `model`, with memories as at the start.
+
+        Entries in 16 bits that still are what their 32-bit copy rounds to keep that copy.
+        """
         assert self._chain is not None, "the loop builds the optimizer before the first step"
         new, state = super().build(model).tensors(), self._chain.tensors()
+        for name in names:
+            key, parameter = f"weight/{name}", model.get_parameter(name)
+            kept = state[key].to(parameter.dtype) == parameter
+            new[key] = torch.where(kept, state[key], new[key])
         self._chain.load_tensors(
             {key: (new if key.split("/")[1] in names else state)[key] for key in state}
         )

@@ -177,7 +177,8 @@ def test_ledger_tells_the_errors_on_the_inputs_that_the_quantized_model_has(name
 @pytest.mark.parametrize("rotate", ["unchanged", "hadamard"])
 def test_ledger_tells_the_errors_of_what_a_model_in_bfloat16_computes_with(bits, rotate):
     model = tiny.model("llama_untied").bfloat16()
-    old = {path: edits.matrix(module).float() for path, module in edits.linears(model).items()}
+    linears = edits.linears(model)
+    old = {path: edits.matrix(module).detach().float() for path, module in linears.items()}
     params = Quantize(bits=bits, group=8, rotate={"name": rotate})
     for layer in quantize(model, tiny.tokens(), params).layers:
         if layer.path in old:

@@ -223,7 +223,7 @@ def test_a_corpus_for_another_tokenizer_is_refused(corpus, tmp_path):
     tokenizer = hf.load_tokenizer(model)
     tokenizer.add_tokens(["surplus"])
     tokenizer.save_pretrained(model)
-    for module, advice in ((compress, "model's folder, or give plain text"), (finetune, "folder$")):
+    for module, advice in ((compress, "that folder, or give plain text"), (finetune, "folder$")):
         made = getattr(module, module.__name__.removeprefix("stages."))
         inputs = module.Inputs(model=model, corpus=corpus)
         words = f"another tokenizer.*prepare.tokenizer.*{advice}"

@@ -33,9 +33,9 @@ from drawplate.compress.ledger import Row, part
 from drawplate.compress.method import Compression, default
 from drawplate.compress.residual import Residual
 from drawplate.compress.stream import narrow
-from drawplate.core.artifact import publish, verify
+from drawplate.core.artifact import kept_whole, publish
 from drawplate.core.blocks import Outcome, Site, walk
-from drawplate.core.errors import Damaged, UserError
+from drawplate.core.errors import UserError
 from drawplate.core.hf import blocks, stored_bytes
 from drawplate.core.linalg import output_error
 from drawplate.core.method import Frozen, OneOf
@@ -303,12 +303,8 @@ def _shifted(watch: Watch, which: int) -> Watch:
 
 def _known_plan(work: Path) -> dict[str, int | None] | None:
     """The plan of an earlier run, None where there is nothing whole."""
-    if not (work / "plan").exists():
+    if not kept_whole(work / "plan"):
         return None
-    try:
-        verify(work / "plan")
-    except Damaged:
-        return None  # made anew and published in its place
     return _plans.validate_json((work / "plan" / _PLAN).read_bytes())
 
 

@@ -8,7 +8,6 @@ kept, and a run that starts again ends with the same bytes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import floor
@@ -25,8 +24,8 @@ from drawplate import edits
 from drawplate.compress.anatomy import Anatomy, Block, anatomy, unit
 from drawplate.compress.ledger import Ledger, Row, part
 from drawplate.compress.residual import Residual
-from drawplate.core.artifact import publish, verify
-from drawplate.core.errors import Damaged, NotFinite, UserError
+from drawplate.core.artifact import kept_whole, publish
+from drawplate.core.errors import NotFinite, UserError
 from drawplate.core.hf import stored_bytes
 from drawplate.core.linalg import output_error, require_finite
 from drawplate.core.progress import Watch
@@ -140,14 +139,10 @@ def survey(
 ) -> Grams:
     """Second moments at all places, taken up from `work` where an earlier run left them."""
     folder = None if work is None else work / "survey"
-    if folder is not None and folder.exists():
-        try:
-            verify(folder)
-            device = str(edits.placement(model)["device"])
-            found: Grams = load_file(folder / "grams.safetensors", device=device)
-            return found
-        except Damaged as error:
-            warnings.warn(f"{error}; second moments are gathered anew", stacklevel=2)
+    if folder is not None and kept_whole(folder):
+        device = str(edits.placement(model)["device"])
+        found: Grams = load_file(folder / "grams.safetensors", device=device)
+        return found
     grams = _gathered(model, tokens, where, watch, batch)
     if folder is not None:
         with publish(folder, "survey") as temporary:

@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
@@ -317,6 +318,19 @@ def _clean(folder: Path) -> None:
     for suffix in ("aside", "partial"):
         for path in _orphans(folder, suffix):
             _remove(path)
+
+
+def kept_whole(folder: Path) -> bool:
+    """Whether an earlier run left `folder` of its own work whole; a damaged one is deleted."""
+    if not folder.exists():
+        return False
+    try:
+        verify(folder)
+    except Damaged as error:
+        warnings.warn(f"{error}; it is made anew", stacklevel=2)
+        _remove(folder)
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:

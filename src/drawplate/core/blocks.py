@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from drawplate import edits
-from drawplate.core.artifact import publish, verify
-from drawplate.core.errors import Damaged, NotFinite, UserError
+from drawplate.core.artifact import kept_whole, publish
+from drawplate.core.errors import NotFinite, UserError
 from drawplate.core.hf import blocks
 from drawplate.core.products import swift
 from drawplate.core.progress import Watch, silent
@@ -278,12 +278,8 @@ def _apply(model: nn.Module, outcome: Outcome[Row], work: Path | None, number: i
 def _resume(model: nn.Module, work: Path | None, number: int, row: type[Row]) -> list[Row] | None:
     """Re-applies what an earlier run published for this block; None where nothing is whole."""
     folder = None if work is None else work / f"block-{number:04d}"
-    if folder is None or not folder.exists():
+    if folder is None or not kept_whole(folder):
         return None
-    try:
-        verify(folder)
-    except Damaged:
-        return None  # the block is solved again and published in its place
     record = TypeAdapter(dict[str, Any]).validate_json((folder / _CHANGES).read_bytes())
     named = load_file(folder / "tensors.safetensors")
     for index, edit in enumerate(edits.parse(record["edits"])):

@@ -146,9 +146,10 @@ def _page(lines: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _differs(file: Path, data: bytes) -> bool:
-    """Pictures are let be: processors draw their last digits otherwise."""
-    return file.suffix != ".svg" and file.read_bytes() != data
+def stale(file: Path, wanted: Mapping[Path, bytes]) -> bool:
+    """Pictures go by the table beside them: processors draw their last digits otherwise."""
+    told = file.with_suffix(".md") if file.suffix == ".svg" else file
+    return not (file.exists() and told.exists()) or told.read_bytes() != wanted[told]
 
 
 def main() -> int:
@@ -158,15 +159,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         drawn = {RECORDS / name: data for name, data in tables(Path(folder)).items()}
     wanted = drawn | {CARDS / name: text.encode() for name, text in cards().items()}
-    stale = [f for f, data in wanted.items() if not f.exists() or _differs(f, data)]
+    outdated = [file for file in wanted if stale(file, wanted)]
     old = [*CARDS.glob("*.md"), *RECORDS.glob("*.md"), *RECORDS.glob("*.svg")]
     left = [file for file in old if file not in wanted]
     if given.check:
-        names = [file.relative_to(HERE.parent).as_posix() for file in (*stale, *left)]
+        names = [file.relative_to(HERE.parent).as_posix() for file in (*outdated, *left)]
         print("\n".join(names) or "all cards and tables are as they would be written")
         return bool(names)
     CARDS.mkdir(parents=True, exist_ok=True)
-    for file in stale:
+    for file in outdated:
         file.write_bytes(wanted[file])
     for file in left:
         file.unlink()

@@ -89,3 +89,14 @@ def test_cards_and_tables_are_as_they_would_be_written():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_picture_is_drawn_anew_with_its_table(tmp_path):
+    table, picture = tmp_path / "one.md", tmp_path / "one.svg"
+    wanted = {table: b"new", picture: b"drawn here"}
+    assert all(cards.stale(file, wanted) for file in wanted)
+    table.write_bytes(b"old")
+    picture.write_bytes(b"drawn elsewhere")
+    assert all(cards.stale(file, wanted) for file in wanted)
+    table.write_bytes(b"new")
+    assert not any(cards.stale(file, wanted) for file in wanted)

@@ -159,15 +159,12 @@ def source() -> str:
 
 
 @contextmanager
-def workspace(
-    origin: str, revision: str = "HEAD", outputs: Sequence[str] | None = ()
-) -> Iterator[Workspace]:
+def workspace(origin: str, revision: str = "HEAD") -> Iterator[Workspace]:
     """A clone of `origin` at `revision`, removed at the end.
 
     Args:
         origin: path or URL of a git repository with a DVC project at its root.
         revision: branch, tag, commit or full name of a ref.
-        outputs: outputs of stages to bring in; None for all that dvc.lock and `dvc add` name.
 
     Raises:
         UserError: there is no such repository or revision.
@@ -180,12 +177,7 @@ def workspace(
     try:
         with (folder / "lock").open("w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
-            made = _clone(origin, revision, folder / "workspace")
-            if outputs is None:
-                made.dvc("checkout", "--allow-missing")
-            else:
-                made.bring(outputs)
-            yield made
+            yield _clone(origin, revision, folder / "workspace")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

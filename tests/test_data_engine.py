@@ -100,6 +100,7 @@ def test_parts_are_their_source(raw):
         parts = source.parts()
         assert len(parts) > 1 or source.name == "parquet"
         assert [r for part in parts for r in part.read(1000)] == list(source.read(1000))
+        assert {k: v for part in parts for k, v in part.origin().items()} == source.origin()
     (hub,) = leaves(Source)["hub"]().parts()
     assert hub == leaves(Source)["hub"]()
 

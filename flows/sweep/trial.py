@@ -48,7 +48,8 @@ def run(spec: Spec) -> Outcome:
     def say(text: str) -> None:
         print(f"[{spec.name}] {text}", flush=True)
 
-    with workspace(str(spec.root), spec.revision, outputs=None) as place:
+    with workspace(str(spec.root), spec.revision) as place:
+        place.dvc("checkout", "--allow-missing")  # what dvc.lock and `dvc add` name
         os.environ.update(place.environment())  # also where `sync` finds what was not sent
         (place.root / "params.yaml").write_text(spec.params, encoding="utf-8")
         try:

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -166,10 +168,12 @@ def prepare(
             text.
         Contaminated: training data holds a held-out problem.
     """
+    parts = [source.parts() for source in params.sources]
     # Before anything is read: what a kept part was read from, and what the lineage will say.
-    origins = [source.origin() for source in params.sources]
+    origins = [[part.origin() for part in some] for some in parts]
     with tempfile.TemporaryDirectory() as nowhere:
-        read, documents, bad = _read(params, engine or Here(), work or Path(nowhere))
+        place = work or Path(nowhere)
+        read, documents, bad = _read(parts, origins, params.longest, engine or Here(), place)
     watch(1, STEPS, {"read": read, "quarantined": len(bad)})
 
     repeats = params.duplicates.find([document.text for document in documents])
@@ -262,11 +266,24 @@ def prepare(
     return report
 
 
-def _read(params: Prepare, engine: Engine, work: Path) -> tuple[int, list[Document], list[Bad]]:
-    """All records in the order of the sources, whoever read them in whatever order."""
-    parts = tuple(part for source in params.sources for part in source.parts())
-    places = tuple(work / _name(number, part, params.longest) for number, part in enumerate(parts))
-    engine.run(partial(_read_part, parts, places, params.longest), len(parts), work / "engine")
+def _read(
+    grouped: Sequence[Sequence[Source]],
+    origins: Sequence[Sequence[dict[str, str]]],
+    longest: int,
+    engine: Engine,
+    work: Path,
+) -> tuple[int, list[Document], list[Bad]]:
+    """All records in the order of the sources, whoever read them in whatever order.
+
+    The file of a part is another one if what it is read from changes.
+    """
+    parts = tuple(chain(*grouped))
+    keys = (
+        seed_of(part.model_dump_json(), json.dumps(origin), longest)
+        for part, origin in zip(parts, chain(*origins), strict=True)
+    )
+    places = tuple(work / f"part-{number:06}-{key:016x}.jsonl" for number, key in enumerate(keys))
+    engine.run(partial(_read_part, parts, places, longest), len(parts), work / "engine")
     documents, bad = [], []
     for place in places:
         for row in read_lines(place):
@@ -286,12 +303,6 @@ def _read_part(parts: Sequence[Source], places: Sequence[Path], longest: int, nu
     half = place.with_suffix(".half")
     write_lines(half, (record._asdict() for record in vetted))
     half.replace(place)
-
-
-def _name(number: int, part: Source, longest: int) -> str:
-    """The file of a part that was read; another one if what it is read from changes."""
-    origin = json.dumps(part.origin(), sort_keys=True)
-    return f"part-{number:06}-{seed_of(part.model_dump_json(), origin, longest):016x}.jsonl"
 
 
 def _told(documents: Sequence[Document], repeats: Mapping[int, Repeat]) -> Iterator[dict[str, Any]]:
@@ -458,14 +469,16 @@ def _coded(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[l
         yield [*prompt, *rest, tokenizer.eos_token_id], len(prompt)
 
 
-def _facts(params: Prepare, origins: Sequence[dict[str, str]], tokenizer: Any) -> dict[str, Any]:
+def _facts(
+    params: Prepare, origins: Sequence[Sequence[dict[str, str]]], tokenizer: Any
+) -> dict[str, Any]:
     return {
         "vocabulary": len(tokenizer),
         "end": tokenizer.eos_token_id,
         "pad": tokenizer.pad_token_id,
         "sources": [
-            {"name": source.name, "origin": origin}
-            for source, origin in zip(params.sources, origins, strict=True)
+            {"name": source.name, "origin": dict(ChainMap(*some))}
+            for source, some in zip(params.sources, origins, strict=True)
         ],
         "tasks": [task.model_dump(mode="json") for task in params.tasks],
     }

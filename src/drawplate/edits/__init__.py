@@ -16,14 +16,13 @@ from typing import Annotated, Any, cast
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from drawplate.core.errors import Damaged, UserError
 from drawplate.core.method import Method, OneOf
 
 Linear = nn.Linear | Conv1D
-_PRODUCTS = (nn.Linear.forward, Conv1D.forward, FalconLinear.forward)
+_PRODUCTS = (nn.Linear.forward, Conv1D.forward)
 
 
 class StandIn(nn.Module):
@@ -160,7 +159,9 @@ def located(model: nn.Module, path: str, adapter: bool = False) -> nn.Module:
 
 def plain(module: nn.Module) -> bool:
     """Whether `module` is a linear layer that gives its product; some routers give their choice."""
-    return isinstance(module, Linear) and type(module).forward in _PRODUCTS
+    # Falcon's layer is known by name: to import it takes a while, and few models have it.
+    known = type(module).forward in _PRODUCTS or type(module).__name__ == "FalconLinear"
+    return isinstance(module, Linear) and known
 
 
 def features(module: nn.Module) -> tuple[int, int]:

@@ -144,6 +144,8 @@ def do_extent(stage: Stage[Any, Any, Any], order: Answer) -> Answer:
 
 def do_sample(stage: Stage[Any, Any, Any], order: Answer) -> Answer:
     """Answers to one batch of finetuning's prompts, none of which ends before the limit."""
+    import torch
+
     from drawplate.core import hf
     from drawplate.core.corpus import Corpus
     from drawplate.edits import materialized
@@ -156,7 +158,7 @@ def do_sample(stage: Stage[Any, Any, Any], order: Answer) -> Answer:
     prompts = problems(corpus, "train").prompts
     asked = [prompts[i % len(prompts)] for i in range(how.prompts) for _ in range(how.samples)]
     started = time.perf_counter()
-    with materialized(model, whole=True):
+    with torch.no_grad(), materialized(model, whole=True):
         sample(
             model,
             asked,

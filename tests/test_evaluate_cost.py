@@ -11,9 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from drawplate import edits
 from drawplate.core.errors import Damaged, DrawplateError, UserError
-from drawplate.core.hf import save
+from drawplate.core.hf import load, save
 from drawplate.edits.low_rank import LowRank
+from drawplate.evaluate import probe
 from drawplate.evaluate.cost import Probe, macs, measure, stored_bytes
+from drawplate.quantize.driver import Quantize, quantize
 from tests import tiny
 
 SMALL = Probe(prompt=8, new=4, repeats=1)
@@ -127,6 +129,22 @@ def test_memory_and_speed_come_from_a_fresh_process(tmp_path):
     assert found.decode_tokens_per_second > 0
     assert found.unpacked_decode_tokens_per_second is None
     assert (found.device, found.threads) == ("cpu", torch.get_num_threads())
+
+
+def test_unpacked_is_measured_with_decoded_weights(tmp_path, monkeypatch):
+    model = tiny.model()
+    quantize(model, tiny.tokens(), Quantize(group=16), batch=4)
+    save(model, tmp_path)
+    model, seen = load(tmp_path), []
+
+    def look(model, *_):
+        packed = [module for module in model.modules() if isinstance(module, edits.Packed)]
+        seen.append({module.dense is None for module in packed})
+
+    monkeypatch.setattr(probe, "_decode", look)
+    found = probe._measure(model, model.device, SMALL.model_copy(update={"repeats": 2}))
+    assert seen == [{True}, {True}, {False}, {False}]
+    assert found.unpacked_decode_tokens_per_second > 0
 
 
 @pytest.mark.slow

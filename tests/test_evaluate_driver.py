@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from drawplate.core.artifact import tree_hash
+from drawplate import edits
+from drawplate.core.artifact import publish, tree_hash
 from drawplate.core.errors import UserError
-from drawplate.core.hf import load
+from drawplate.core.hf import load, save
 from drawplate.evaluate.cost import macs, stored_bytes
 from drawplate.evaluate.driver import Model, evaluate
 from drawplate.evaluate.interval import Chance
 from drawplate.evaluate.quality import Windows, loss, loss_and_divergence
 from drawplate.evaluate.results import Evaluate, Report
+from drawplate.evaluate.study import Study
 from drawplate.model.filter.top_k import TopK
+from drawplate.quantize.driver import Quantize, quantize
+from tests import tiny
 from tests.evaluate_cases import SMALL, TASKS, as_json, corpus, judge, run, store
 
 
@@ -97,6 +101,22 @@ def test_pairs_compare_what_the_rows_say(world):
     verdict = "better" if high < 0 else "worse" if low > 0 else "within noise"
     assert change.verdict == verdict
     assert by_name["greedy"].flips is not None
+
+
+def test_packed_weights_are_decoded_once_not_for_every_pass(world, tmp_path, monkeypatch):
+    folder, _ = world
+    for name in ("base", "child"):
+        model = load(folder / name)
+        quantize(model, tiny.tokens(), Quantize(group=16), batch=4)
+        with publish(tmp_path / name, "model") as inside:
+            save(model, inside)
+    calls = []
+    monkeypatch.setattr(edits.Packed, "compute", lambda *call: calls.append(call))
+    ways = Study(filters=(TopK(k=4),), temperatures=(1.0,), samples=2)
+    models = [Model("base", tmp_path / "base"), Model("child", tmp_path / "child", "base")]
+    params = SMALL.model_copy(update={"study": ways})
+    assert len(evaluate(models, corpus_of(folder), judge, params).report.study) == 2
+    assert not calls
 
 
 def test_a_copy_is_within_noise_in_everything(world):

@@ -350,6 +350,7 @@ class Lengthen(NextToken):
             for said, end in zip(answers, last, strict=True)
         ]
 
+    @torch.no_grad()
     def _say(self, asked: Sequence[Pair], *name: int | str) -> list[Said]:
         """What the model writes behind each prompt and the beginning of its answer."""
         how = self.how

@@ -201,6 +201,7 @@ def evaluate(
     )
 
 
+@torch.no_grad()
 def _run(model: PreTrainedModel, parent: PreTrainedModel | None, given: _Inputs) -> _Found:
     text = given.documents, given.sizes, given.corpus.end, given.params.windows
     with ExitStack() as stack:
@@ -216,6 +217,7 @@ def _run(model: PreTrainedModel, parent: PreTrainedModel | None, given: _Inputs)
         return _Found(quality, divergence, given.ask(model, 1, 0.0), drawn)
 
 
+@torch.no_grad()
 def _studied(model: PreTrainedModel, given: _Inputs) -> tuple[Cell, ...]:
     """The ways to draw that are asked for, on a model as it is evaluated."""
     params = given.params

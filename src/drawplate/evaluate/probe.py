@@ -62,6 +62,7 @@ def run(folder: Path, device: torch.device, trial: Trial) -> Machine:
     )
 
 
+@torch.no_grad()
 def _measure(model: transformers.PreTrainedModel, device: torch.device, probe: Probe) -> Machine:
     """The rates; the peak is not yet known."""
 

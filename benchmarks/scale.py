@@ -1,7 +1,7 @@
 """What compressing and quantizing one decoder block takes, beside the formulas of docs/scale.md.
 
     python benchmarks/scale.py                       three small blocks; writes results/scale.*
-    python benchmarks/scale.py --block llama-70b --stage quantize --only q_proj k_proj
+    python benchmarks/scale.py --block llama-70b --stage "quantize nearest" --only q_proj k_proj
 
 Each block is a Llama-3-70B block made smaller in all its widths alike, with random weights in
 bfloat16 and a small vocabulary, in a process of its own. Peaks are growth over what the libraries

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import TypeAdapter
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, TypeAdapter
 from pydantic_core import PydanticUndefined
 
 import drawplate
@@ -48,7 +48,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
                 "parameters": {
                     key: {
                         "does": " ".join((field.description or "").split()),
-                        "default": _default(field),
+                        "default": _plain(field.get_default(call_default_factory=True)),
                     }
                     for key, field in leaf.model_fields.items()
                     if key != "name"
@@ -60,11 +60,12 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _default(field: FieldInfo) -> Any:
+def _plain(value: Any) -> Any:
     """As it would stand in params.yaml; of a method's own parameters those that differ."""
-    value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return REQUIRED
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
     plain = TypeAdapter(Any).dump_python(value, mode="json", exclude_defaults=True)
     return {"name": value.name} | plain if isinstance(value, Method) else plain
 
@@ -110,19 +111,66 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def sections() -> dict[str, type[BaseModel]]:
+    """What stands in each section of params.yaml."""
+    from stages import STAGES
+    from stages.run import Execution
+
+    stages = {name: getattr(import_module(f"stages.{name}"), name).params for name in STAGES}
+    return {"execution": Execution, **stages}
+
+
+def settings() -> str:
+    """docs/settings.md: every section's own keys; those of methods stand in docs/methods.md."""
+    lines = [
+        "# Settings",
+        "",
+        "Made from the source by `make docs`; do not edit. What may stand in `params.yaml` and",
+        "behind `-S`, with its default. Where a method is chosen by name, the link leads to the",
+        "choices and their parameters.",
+    ]
+    names = {base: axis for axis, base in axes().items()}
+    for section, kind in sections().items():
+        lines += ["", f"## {section}", "", *_settings(section, kind, names)]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(
+    key: str, kind: type[BaseModel], names: dict[type[Method], str], given: Any = None
+) -> Iterator[str]:
+    """A line for each key of `kind`, with the values of `given` where there is one."""
+    for name, field in kind.model_fields.items():
+        inner = [each for each in _classes(field.annotation) if issubclass(each, BaseModel)]
+        value = getattr(given, name) if given else field.get_default(call_default_factory=True)
+        nested = isinstance(value, BaseModel) and not isinstance(value, Method)
+        where = f"{key}.{name}" if nested else assignment(f"{key}.{name}", _plain(value))
+        links = [
+            f"[{names[each]}](methods.md#{names[each].replace('/', '')})"
+            for each in inner
+            if each in names
+        ]
+        does = " ".join([*(field.description or "").split(), *links])
+        yield f"- `{where}`: {does}".removesuffix(": ")
+        for each in inner:
+            if not issubclass(each, Method):
+                same = value if isinstance(value, each) else None
+                yield from _settings(f"{key}.{name}", each, names, same)
+
+
+def _classes(annotation: Any) -> list[type]:
+    """The classes that an annotation is made of."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _classes(part)]
+
+
 def keys() -> dict[str, list[str]]:
     """Every key of params.yaml, in order, with the methods that it chooses from, if any.
 
     A position in a list is `#`, and a key that anybody may give to a mapping `*`.
     """
-    from stages import STAGES
-    from stages.run import Execution
-
-    sections: dict[str, Any] = {
-        name: getattr(import_module(f"stages.{name}"), name).params for name in STAGES
-    }
     found: dict[str, list[str]] = {}
-    for section, kind in (sections | {"execution": Execution}).items():
+    for section, kind in sections().items():
         schema = kind.model_json_schema()
         _below(section, schema, schema.get("$defs", {}), found)
     return dict(sorted(found.items()))
@@ -152,4 +200,5 @@ def _below(
 
 if __name__ == "__main__":
     Path("docs/methods.md").write_text(page(), encoding="utf-8")
+    Path("docs/settings.md").write_text(settings(), encoding="utf-8")
     (Path(__file__).parent / "keys.json").write_text(json.dumps(keys(), indent=0) + "\n")

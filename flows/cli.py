@@ -121,9 +121,7 @@ def sweep(**request: Any) -> None:
 @cli.command()
 @click.argument("what")
 @click.argument("contenders", nargs=-1)
-@click.option(
-    "-S", "changes", multiple=True, metavar="KEY=VALUE", help="Changes params.yaml first."
-)
+@click.option("-S", "changes", multiple=True, metavar="KEY=VALUE", help="Instead of params.yaml's.")
 @click.option(
     "--params", "file", type=click.Path(path_type=Path), help="Instead of params.yaml here."
 )
@@ -316,7 +314,11 @@ def verify(folder: Path | None, repair: bool) -> None:
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
-    "--runtime", "how", default="plain", show_default=True, help="One of model/runtime, by name."
+    "--runtime",
+    "how",
+    default="plain",
+    show_default=True,
+    help="How it computes; `drawplate methods model/runtime` lists the names.",
 )
 def generate(
     prompt: str, model: Path, max_new: int, temperature: float, seed: int, how: str
@@ -325,8 +327,8 @@ def generate(
 
     \b
     Examples:
-      drawplate generate "12 + 34 - 5 = ?"
-      drawplate generate --runtime flash_svd --model models/compressed "12 + 34 - 5 = ?"
+      drawplate generate "12+34-50=?"
+      drawplate generate --runtime flash_svd --model models/compressed "12+34-50=?"
     """
     from drawplate.evaluate.results import Evaluate
     from drawplate.model.runtime import attached

@@ -12,7 +12,7 @@ import pytest
 import drawplate
 from drawplate.core.method import leaves
 from drawplate.edits import Edit
-from flows.catalogue import axes, catalogue, keys, page
+from flows.catalogue import axes, catalogue, keys, page, settings
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(drawplate.__file__).parent
@@ -115,6 +115,18 @@ def test_subjects_do_not_import_one_another():
 
 def test_the_page_of_methods_is_the_generated_one():
     assert (ROOT / "docs" / "methods.md").read_text() == page(), "run `make docs`"
+
+
+def test_the_page_of_settings_is_the_generated_one_and_its_links_lead_somewhere():
+    text = (ROOT / "docs" / "settings.md").read_text()
+    assert text == settings(), "run `make docs`"
+    listed = set(re.findall(r"^- `([\w.]+)", text, re.MULTILINE))
+    sections = {key for key in keys() if key.count(".") == 1}
+    assert sections <= listed
+    headings = {
+        f"#{line[3:].replace('/', '')}" for line in page().splitlines() if line[:3] == "## "
+    }
+    assert set(re.findall(r"methods\.md(#\w+)", text)) <= headings
 
 
 def test_papers_are_linked_by_what_names_them():

@@ -381,6 +381,7 @@ def _record(
 ) -> dict[str, Any]:
     from drawplate.core.memory import peak_memory
 
+    changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "stage": stage,
         "output": out.as_posix(),
@@ -388,7 +389,7 @@ def _record(
         "mlflow_run": run_id,
         "prefect_run": os.environ.get("PREFECT__FLOW_RUN_ID"),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": None if changed is None else bool(changed),
         "started": started,
         "seconds": round(seconds, 3),
         "peak_memory": peak_memory(),
@@ -403,9 +404,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else ""
+def _git(*arguments: str) -> str | None:
+    """What git says of the code that runs; None where there is no git, or none that answers."""
+    command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 ROOTS = (Path(drawplate.__file__).parent, Path(__file__).parent)
@@ -444,7 +450,7 @@ def _tracker(stage: str, trail: Any, out: Path, work: Path) -> Tracker:
         tags={
             "mlflow.source.name": f"stages.{stage}",
             "mlflow.source.type": "LOCAL",
-            "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
+            "mlflow.source.git.commit": _git("rev-parse", "HEAD") or "",
             "drawplate.folder": str(out.resolve()),
             "drawplate.environment": ", ".join(
                 f"{key} {value}" for key, value in trail.node.environment.items()

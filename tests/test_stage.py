@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from pydantic import Field
@@ -366,6 +367,26 @@ def store(tmp_path, monkeypatch):
     from stages.tracking import client
 
     return client()
+
+
+def test_git_is_asked_about_the_code_that_runs_and_may_be_missing(
+    tmp_path, source, store, monkeypatch
+):
+    def recorded(name):
+        record = tmp_path / f"{name}.json"
+        stage(Knobs(), Inputs(source=source), tmp_path / name, record=record)
+        made = json.loads(record.read_text())
+        commit = store.get_run(made["mlflow_run"]).data.tags["mlflow.source.git.commit"]
+        return made["git_commit"], made["git_dirty"], commit
+
+    for arguments in (["init"], ["commit", "--allow-empty", "-m", "theirs"]):
+        given = ["-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        subprocess.run(["git", *given], check=True, capture_output=True, cwd=tmp_path)
+    ours = ["git", "-C", Path(__file__).parents[1], "rev-parse", "HEAD"]
+    head = subprocess.run(ours, capture_output=True, text=True, check=False).stdout.strip()
+    assert recorded("there") == (head or None, ANY, head)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert recorded("missing") == (None, None, "")
 
 
 def test_mlflow_has_parameters_points_model_and_parents(tmp_path, source, store):

@@ -242,10 +242,12 @@ def follow(
     """
     quiet_environment()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # DVC calls stages by $SHELL, which for accounts of services is nologin.
+    settled = {"PATH": path, "PYTHONUNBUFFERED": "1", "SHELL": "/bin/sh"}
     process = subprocess.Popen(
         command,
         cwd=root,
-        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **environment},
+        env={**os.environ, **settled, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

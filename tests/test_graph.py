@@ -98,6 +98,12 @@ def test_a_text_of_the_user_is_an_input_whether_dvc_keeps_it_or_not(project):
     assert (read.made, read.added) == ((), ("texts/notes.txt",))
 
 
+def test_stages_run_for_an_account_without_a_shell(project, monkeypatch):
+    monkeypatch.setenv("SHELL", "/bin/false")
+    assert run(project).statuses == dict.fromkeys(("first", "middle", "last"), "ran")
+    assert (project / "last.txt").read_text() == "one"
+
+
 def test_one_stage_alone_leaves_the_others(project):
     run(project)
     (project / "params.yaml").write_text("word: two\n")

@@ -1,6 +1,5 @@
 """`drawplate run` on a small DVC project: what is refused, what ran, and how it ended."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -16,11 +15,11 @@ PARAMS = (Path(__file__).parents[1] / "params.yaml").read_text()
 YAML = """
 stages:
   prepare:
-    cmd: python toy.py word corpus.txt
+    cmd: exec python toy.py word corpus.txt
     deps: [toy.py, word]
     outs: [corpus.txt]
   evaluate:
-    cmd: python toy.py corpus.txt metrics/evaluate.json
+    cmd: exec python toy.py corpus.txt metrics/evaluate.json
     deps: [toy.py, corpus.txt]
     metrics: [metrics/evaluate.json: {cache: false}]
 """
@@ -49,8 +48,6 @@ place.write_text('{"toy.stored_bytes": 1234}' if place.suffix == ".json" else wo
 def project(tmp_path, monkeypatch):
     """Two stages in a repository of their own, and the params.yaml that is shipped."""
     monkeypatch.chdir(tmp_path)
-    # DVC's choice of a shell; this one takes its command's place and adds nothing to what it says.
-    monkeypatch.setenv("SHELL", shutil.which("bash"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, check=True, capture_output=True)

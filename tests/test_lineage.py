@@ -1,5 +1,6 @@
 """Lineage: from any folder back to the raw text, by content."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -107,6 +108,24 @@ def test_missing_folders_are_named(tmp_path):
         list(lineage.walk(tmp_path / "nowhere"))
 
 
+def closed(monkeypatch, folder):
+    """Has the system refuse whatever lies in the folder, as it does with other users' folders."""
+    plain = Path.stat
+
+    def stat(path, **how):
+        if folder in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+
+
+def test_folders_of_others_do_not_stop_a_walk(chain, tmp_path, monkeypatch):
+    (tmp_path / "a-neighbour").mkdir()
+    closed(monkeypatch, tmp_path / "a-neighbour")
+    assert [step.state for step in lineage.walk(chain[2])] == ["verified"] * 3
+
+
 class Toy(Frozen):
     adopt: Path | None = None
 
@@ -181,3 +200,15 @@ def test_where_inputs_lay_is_no_part_of_what_was_made(made):
     assert "deep" not in (made / lineage.FILE).read_text()
     (made.parent / ".drawplate" / "made.inputs.json").unlink()
     assert [step.state for step in lineage.walk(made)] == ["verified", "not found", "not found"]
+
+
+def test_inputs_that_others_keep_closed_are_not_found(made, tmp_path, monkeypatch, capsys):
+    closed(monkeypatch, tmp_path / "models")
+    code, out, err = told(made, capsys)
+    assert (code, err) == (0, "")
+    assert out.count("  not found") == 1
+
+
+def test_nothing_else_is_looked_through_where_all_inputs_lie_as_noted(made, monkeypatch):
+    monkeypatch.setattr(lineage, "published", None)
+    assert {step.state for step in lineage.walk(made)} == {"verified"}

@@ -11,7 +11,8 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -190,8 +191,14 @@ _Found = tuple[Path | None, Any, str | None]
 
 
 def _steps(lineage: Lineage, own: str, first: _Found, around: Path) -> Iterator[Step]:
-    nearby = published(around)
+    nearby = cache(lambda: published(around))
     seen: set[str] = set()
+
+    def candidates(key: str, noted: Path | None) -> Iterator[Path]:
+        if noted is not None:
+            yield noted
+        if key in nearby():  # looked through only where nothing better is known
+            yield nearby()[key]
 
     def visit(role: str, depth: int, key: str, node: Node, found: _Found) -> Iterator[Step]:
         if key in seen:
@@ -216,20 +223,20 @@ def _steps(lineage: Lineage, own: str, first: _Found, around: Path) -> Iterator[
             if parent not in lineage.ancestors:
                 raise Damaged(f"{role} {key[:12]}: its {name} {parent[:12]} is not recorded")
             noted = None if places is None else places.inputs.get(name)
-            candidates = [path for path in (noted, nearby.get(parent)) if path is not None]
             ancestor = lineage.ancestors[parent]
-            yield from visit(name, depth + 1, parent, ancestor, _find(parent, candidates))
+            there = _find(parent, candidates(parent, noted))
+            yield from visit(name, depth + 1, parent, ancestor, there)
 
     yield from visit("output", 0, own, lineage.node, first)
 
 
-def _find(key: str, candidates: Sequence[Path]) -> _Found:
-    """The first of these paths that holds what has this hash."""
+def _find(key: str, candidates: Iterable[Path]) -> _Found:
+    """The first of these paths that holds what has this hash and may be read."""
     found: _Found = (None, "not found", None)
     for path in candidates:
-        if not path.exists():
-            continue
         try:
+            if not path.exists():
+                continue
             ours = (path / MANIFEST).is_file()
             if content_hash(path) == key:
                 if ours:
@@ -237,6 +244,8 @@ def _find(key: str, candidates: Sequence[Path]) -> _Found:
                 return path, "verified", None
         except Damaged as error:
             found = (path, "changed", str(error))
+        except PermissionError:
+            continue
         else:
             if not ours:  # an artifact is replaced as a whole: another one is no changed one
                 found = (path, "changed", f"{path} was changed since it was read")
@@ -273,9 +282,9 @@ def published(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for pattern in ("*", "*/*"):
         for candidate in sorted(root.glob(pattern)):
-            if (candidate / MANIFEST).is_file():
-                try:
+            try:
+                if (candidate / MANIFEST).is_file():
                     found.setdefault(read_manifest(candidate).tree_hash, candidate)
-                except Damaged:
-                    continue  # somebody else's damaged folder says nothing about this one
+            except (Damaged, OSError):
+                continue  # somebody else's folder, damaged or closed, says nothing about this one
     return found

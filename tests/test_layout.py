@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,21 @@ def test_what_needs_no_model_does_not_wait_for_torch():
     program = "import sys, drawplate.settings, flows.cli, flows.local, flows.sync\n"
     assert in_python(f"{program}print('torch' in sys.modules)") == ["False"]
     assert in_python(f"{program}drawplate.load\nprint('torch' in sys.modules)") == ["True"]
+
+
+def test_make_replaces_an_environment_without_pip_and_keeps_a_whole_one(tmp_path):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    python, inside = tmp_path / "python", tmp_path / ".venv" / "bin" / "python"
+    # An environment that it makes holds a copy of it.
+    log = f'#!/bin/sh\necho "$2" >> {tmp_path}/log\n'
+    python.write_text(f'{log}if [ "$2" = venv ]; then cp {python} {inside}; fi\n')
+    inside.parent.mkdir(parents=True)
+    inside.write_text("#!/bin/sh\nexit 1\n")
+    for file in (python, inside):
+        file.chmod(0o755)
+    for _ in range(2):
+        made = ["make", f"PYTHON={python}", ".venv/installed"]
+        subprocess.run(made, cwd=tmp_path, check=True, capture_output=True)
+        (tmp_path / ".venv" / "installed").unlink()
+    assert (tmp_path / "log").read_text().split().count("venv") == 1

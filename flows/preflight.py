@@ -145,14 +145,12 @@ class Rehearsal:
 
     def __init__(self, tree: Tree, cast: Mapping[str, Player], folder: Path) -> None:
         from drawplate import settings
-        from stages.check import check
         from stages.evaluate import evaluate
         from stages.finetune import finetune
         from stages.prepare import prepare
         from stages.pretrain import pretrain
         from stages.run import Execution
 
-        check(tree)
         self.tree, self.cast, self.folder = tree, cast, folder
 
         def typed(stage: Any) -> Any:
@@ -613,21 +611,25 @@ def forecast(root: Path, tree: Tree, stages: Sequence[str] = (), limits: Any = N
 
     Raises:
         Exhausted: a stage does not fit; nothing is saved.
-        UserError: the parameters are wrong.
+        UserError: the parameters are wrong, or this machine lacks the device that they name.
     """
     from drawplate.forecast import machine
     from drawplate.forecast.stages import refuse
     from flows.graph import refuse_unknown
     from stages import STAGES
+    from stages.check import check
+    from stages.run import device_called
 
     refuse_unknown(stages, STAGES)
+    check(tree)
+    device = str((tree.get("execution") or {}).get("device", "cpu"))
+    device_called(device)
     wanted = [name for name in STAGES if not stages or name in stages]
     state = root / FORECAST.parent
     state.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=state) as temporary:
         folder = Path(temporary)
         needed = list(STAGES)[: list(STAGES).index(wanted[-1]) + 1]
-        device = str((tree.get("execution") or {}).get("device", "cpu"))
         free = limits or machine.limits(root, device)
         with players(needed, root, folder) as cast:
             rehearsal = Rehearsal(tree, cast, folder)

@@ -561,14 +561,18 @@ def settings_for(
 
 
 def device_of(run: Run) -> Any:
-    """The device that `execution.device` names.
+    """The device that `execution.device` names; raises as `device_called`."""
+    return device_called(run.execution.device)
+
+
+def device_called(name: str) -> Any:
+    """The device of this name.
 
     Raises:
         UserError: torch knows no such device, or this machine lacks it.
     """
     import torch
 
-    name = run.execution.device
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -170,11 +170,15 @@ def test_a_model_that_cannot_fit_is_refused_before_the_rehearsal(project):
     assert not (project / FORECAST).exists()
 
 
-def test_wrong_words_are_refused_at_once(project):
+def test_wrong_words_are_refused_at_once(project, monkeypatch):
+    monkeypatch.setattr("flows.preflight.players", None)  # before any process is started
     with pytest.raises(UserError, match="no stage 'pretrian'"):
         preflight(project, ["pretrian"])
     with pytest.raises(UserError, match=r"pretrain\.batch"):
         preflight(project, ["pretrain"], ["pretrain.batch=0"])
+    for device in ("cdua", "cuda:99"):
+        with pytest.raises(UserError, match=f"execution.device '{device}': "):
+            preflight(project, ["pretrain"], [f"execution.device={device}"])
 
 
 def test_the_comparison_reads_records_and_folders(project):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -195,10 +196,11 @@ def test_a_changed_input_is_told_and_the_exit_code_says_so(made, tmp_path, capsy
         assert (code, out.count("  not found"), err) == (0, 1, "")
 
 
-def test_where_inputs_lay_is_no_part_of_what_was_made(made):
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 40)])
+def test_where_inputs_lay_is_no_part_of_what_was_made(made, damage):
     assert made.name not in {path.name for path in made.iterdir()}
     assert "deep" not in (made / lineage.FILE).read_text()
-    (made.parent / ".drawplate" / "made.inputs.json").unlink()
+    damage(made.parent / ".drawplate" / "made.inputs.json")
     assert [step.state for step in lineage.walk(made)] == ["verified", "not found", "not found"]
 
 

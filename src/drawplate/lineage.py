@@ -273,8 +273,10 @@ def places_file(folder: Path) -> Path:
 
 
 def _places(folder: Path) -> Places | None:
-    file = places_file(folder)
-    return Places.model_validate_json(file.read_bytes()) if file.exists() else None
+    try:
+        return Places.model_validate_json(places_file(folder).read_bytes())
+    except (OSError, ValidationError):  # a help only: without it, what lies near is looked through
+        return None
 
 
 def published(root: Path) -> dict[str, Path]:

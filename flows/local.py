@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from drawplate import settings
-from drawplate.core.errors import Exhausted, UserError
+from drawplate.core.errors import Damaged, Exhausted, UserError
 from flows.graph import new_execution, refuse_unknown, repro
 from stages.quiet import INTERRUPTED, guarded, interruptible
 
@@ -224,11 +224,18 @@ def figures_text(root: Path) -> str:
 
 
 def figures_table(root: Path) -> list[list[str]]:
-    """Titles, then a row a model; nothing before there was an evaluation."""
+    """Titles, then a row a model; nothing before there was an evaluation.
+
+    Raises:
+        Damaged: the file of its figures was cut or altered.
+    """
     file = root / "metrics" / "evaluate.json"
     if not file.exists():
         return []
-    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"{file} holds no figures: {error}; run the pipeline again") from None
     models = list(
         dict.fromkeys(key.split(".")[0] for key in figures if key.endswith(".stored_bytes"))
     )

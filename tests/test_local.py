@@ -122,6 +122,15 @@ def test_it_runs_then_finds_nothing_to_do_and_shows_the_table(project, run):
     assert not [line for line in out if "evaluate" in line or line == row]
 
 
+def test_a_report_of_damaged_figures_is_one_line(project, run):
+    file = project / "metrics" / "evaluate.json"
+    file.parent.mkdir()
+    file.write_text('{"toy.stored_by')
+    code, out, (told,) = run("report")
+    assert (code, out) == (3, [])
+    assert told.startswith(f"drawplate: {file} holds no figures: ")
+
+
 @pytest.mark.parametrize(
     ("word", "code", "out", "told"),
     [

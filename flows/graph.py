@@ -159,7 +159,10 @@ _NOISE = re.compile(
     r"|Data and pipelines are up to date)"
 )
 
-
+STOPPED = re.compile(
+    r"^ERROR: failed to reproduce '(.+?)': failed to run: .*, exited with (-?\d+)$", re.MULTILINE
+)
+"""What DVC says of a stage that failed: its name and its exit code."""
 _ASIDE = re.compile(
     r"Having any troubles\?|Is your cache up to date\?|Learn more about|See <|<?https://"
 )

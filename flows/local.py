@@ -14,7 +14,7 @@ from typing import Any
 
 from drawplate import settings
 from drawplate.core.errors import Damaged, Exhausted, UserError
-from flows.graph import new_execution, refuse_unknown, repro
+from flows.graph import STOPPED, new_execution, refuse_unknown, repro
 from stages.quiet import INTERRUPTED, guarded, interruptible
 
 _COLUMNS = (
@@ -105,9 +105,6 @@ def _seen(root: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
-_STOPPED = re.compile(
-    r"^ERROR: failed to reproduce '(.+?)': failed to run: .*, exited with (-?\d+)$"
-)
 _BUSY = re.compile(r"^ERROR: .* is busy, it is being (blocked|used) by:$")
 _HOLDER = re.compile(r"^  \(PID (\d+)\): ")
 _ADVICE = re.compile(r"^If there are no processes with such PIDs, you can manually remove ")
@@ -115,7 +112,7 @@ _ADVICE = re.compile(r"^If there are no processes with such PIDs, you can manual
 
 def _line(text: str) -> None:
     """Prints a line of `dvc repro`, but not how it words what `_failed` says."""
-    if not any(pattern.match(text) for pattern in (_STOPPED, _BUSY, _HOLDER, _ADVICE)):
+    if not any(pattern.match(text) for pattern in (STOPPED, _BUSY, _HOLDER, _ADVICE)):
         print(text, flush=True)
 
 
@@ -131,7 +128,7 @@ def _failed(root: Path, tail: str) -> int:
         raise Exhausted(
             f"{root} is busy: process {holders} runs its stages; wait for it or stop it"
         )
-    for hit in filter(None, map(_STOPPED.match, lines)):
+    for hit in filter(None, map(STOPPED.match, lines)):
         stage, code = hit[1], int(hit[2])
         # Some shells take their command's place, others outlive it and give 128 + its signal.
         number = -code if code < 0 else code - 128

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from stages.quiet import quiet_environment
+from stages.quiet import INTERRUPTED, quiet_environment
 
 quiet_environment()
 
@@ -26,7 +26,8 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.states import Completed  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 
-from flows.graph import Inputs, Repro, Status, inputs, reason, repro  # noqa: E402
+from drawplate.core.errors import DrawplateError, Exhausted  # noqa: E402
+from flows.graph import STOPPED, Inputs, Repro, Status, inputs, reason, repro  # noqa: E402
 from flows.handover import REF, entries, hand_on  # noqa: E402
 from flows.slots import INPUTS, device, slot  # noqa: E402
 from flows.workspace import Workspace, source, workspace  # noqa: E402
@@ -41,11 +42,15 @@ class StageRequest(BaseModel):
     """The experiment's git ref: where the stage begins, and where it hands its results on."""
 
 
-class StageFailed(RuntimeError):
+class StageFailed(DrawplateError):
     """`dvc repro` failed; `busy` where only another run was in the way."""
 
     def __init__(self, name: str, tail: str):
-        super().__init__(f"stage {name}: {reason(tail)}")
+        super().__init__(f"stage {name}: {reason(tail).removeprefix('drawplate: ')}")
+        if ended := STOPPED.search(tail):
+            code = int(ended[2])
+            signalled = not 0 < code < 128 and code != INTERRUPTED
+            self.code = Exhausted.code if signalled else code
         self.busy = any(
             text in tail
             for text in ("is busy", "Unable to acquire lock", "is being made by process")

@@ -15,6 +15,7 @@ from workers_cases import alive
 from drawplate.core.errors import UserError
 from flows.graph import Node
 from flows.pipeline import StageFailed, wanted
+from stages.quiet import guarded
 
 ORDER = [Node("a", (), {}), Node("b", ("a",), {}), Node("c", ("b",), {}), Node("d", ("a",), {})]
 
@@ -32,7 +33,18 @@ def test_only_a_lock_is_worth_another_try():
     assert StageFailed("a", "Unable to acquire lock").busy
     error = StageFailed("a", "drawplate: compress.ratio is wrong")
     assert not error.busy
-    assert str(error) == "stage a: drawplate: compress.ratio is wrong"
+    assert str(error) == "stage a: compress.ratio is wrong"
+
+
+@pytest.mark.parametrize(("said", "code"), [(3, 3), (130, 130), (-9, 4), (137, 4), (None, 1)])
+def test_a_stage_that_failed_is_one_line_with_its_exit_code(capsys, said, code):
+    dvc = f"ERROR: failed to reproduce 'a': failed to run: python a.py, exited with {said}"
+
+    def fails():
+        raise StageFailed("a", f"drawplate: b is damaged\n{dvc}")
+
+    assert guarded(fails) == code
+    assert capsys.readouterr().err == "drawplate: stage a: b is damaged\n"
 
 
 ROOT = Path(__file__).parents[1]

@@ -78,9 +78,12 @@ def test_equal_contents_give_equal_hashes_wherever_they_lie(tmp_path):
     assert (one / lineage.FILE).read_bytes() == (two / lineage.FILE).read_bytes()
 
 
-def test_a_foreign_folder_is_its_own_origin_and_a_change_of_it_is_another(tmp_path):
+@pytest.mark.parametrize("manifest", [None, "{}", '{"name": "app", "version": 1}'])
+def test_a_foreign_folder_is_its_own_origin_and_a_change_of_it_is_another(tmp_path, manifest):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
+    if manifest is not None:  # other programs write one too
+        (foreign / "manifest.json").write_text(manifest)
     (foreign / "config.json").write_text("{}")
     first = lineage.content_hash(foreign)
     child = make(tmp_path / "child", Node(stage="compress"), {"model": foreign})

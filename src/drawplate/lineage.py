@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from drawplate.core.artifact import MANIFEST, read_manifest, verify
+from drawplate.core.artifact import is_ours, read_manifest, verify
 from drawplate.core.errors import Damaged, UserError
 from drawplate.core.method import Frozen
 
@@ -102,7 +102,7 @@ def environment(threads: int, processes: int = 1) -> dict[str, str]:
 
 
 def content_hash(folder: Path) -> str:
-    """Hash of what lies there: of a manifest where there is one, else of the files themselves.
+    """Hash of what lies there: of our manifest where there is one, else of the files themselves.
 
     Raises:
         UserError: there is no such folder.
@@ -112,7 +112,7 @@ def content_hash(folder: Path) -> str:
         return _digest(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist")
-    if (folder / MANIFEST).exists():
+    if is_ours(folder):
         return read_manifest(folder).tree_hash
     lines = (
         f"{_digest(path)} {path.stat().st_size} {path.relative_to(folder).as_posix()}\n"
@@ -170,7 +170,7 @@ def walk(folder: Path) -> Iterator[Step]:
         Damaged: `folder` is not what its manifest says, or an ancestor is not recorded.
     """
     own = content_hash(folder)
-    whole = (folder / MANIFEST).exists()
+    whole = is_ours(folder)
     if whole:
         verify(folder)
     first = (folder, "verified" if whole else "foreign", None)
@@ -237,7 +237,7 @@ def _find(key: str, candidates: Iterable[Path]) -> _Found:
         try:
             if not path.exists():
                 continue
-            ours = (path / MANIFEST).is_file()
+            ours = is_ours(path)
             if content_hash(path) == key:
                 if ours:
                     verify(path)
@@ -285,7 +285,7 @@ def published(root: Path) -> dict[str, Path]:
     for pattern in ("*", "*/*"):
         for candidate in sorted(root.glob(pattern)):
             try:
-                if (candidate / MANIFEST).is_file():
+                if is_ours(candidate):
                     found.setdefault(read_manifest(candidate).tree_hash, candidate)
             except (Damaged, OSError):
                 continue  # somebody else's folder, damaged or closed, says nothing about this one

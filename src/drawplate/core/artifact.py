@@ -137,6 +137,14 @@ def tree_hash(folder: Path) -> str:
     return read_manifest(folder).tree_hash
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether the manifest of `folder`, be it damaged, is one that we wrote."""
+    # Other programs write a manifest.json too; ours begins like this.
+    beginning = Manifest.of("", {}).render().partition(b'""')[0]
+    path = folder / MANIFEST
+    return path.is_file() and path.read_bytes().startswith(beginning)
+
+
 @contextmanager
 def publish(folder: Path, kind: str, size: int = 0) -> Iterator[Path]:
     """Yield an empty folder to write into; when the block ends well it becomes `folder` at once.
@@ -348,11 +356,7 @@ def _refuse_foreign(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give the name of a folder")
-    # Other programs write a manifest.json too; ours begins like this even where it is damaged.
-    beginning = Manifest.of("", {}).render().partition(b'""')[0]
-    path = folder / MANIFEST
-    ours = path.is_file() and path.read_bytes().startswith(beginning)
-    if any(folder.iterdir()) and not ours:
+    if any(folder.iterdir()) and not is_ours(folder):
         raise UserError(
             f"{folder} holds files that drawplate did not write (no {MANIFEST} of ours); "
             "name another folder or empty it"

@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from drawplate import edits
-from drawplate.core.artifact import MANIFEST, verify
+from drawplate.core.artifact import is_ours, verify
 from drawplate.core.errors import Damaged, UserError
 
 METHOD = "drawplate"
@@ -102,7 +102,7 @@ def load(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedMod
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json, so this is not a Hugging Face model folder")
-    if (folder / MANIFEST).exists():
+    if is_ours(folder):
         verify(folder)
     try:
         for file in weight_files(folder):

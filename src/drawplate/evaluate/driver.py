@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from drawplate.core.artifact import MANIFEST, tree_hash
+from drawplate.core.artifact import is_ours, tree_hash
 from drawplate.core.corpus import Corpus
 from drawplate.core.errors import UserError
 from drawplate.core.hf import load
@@ -240,7 +240,7 @@ def _row(one: Model, model: PreTrainedModel, found: _Found, given: _Inputs) -> R
     return Row(
         name=one.name,
         parent=one.parent,
-        hash=tree_hash(one.folder) if (one.folder / MANIFEST).exists() else None,
+        hash=tree_hash(one.folder) if is_ours(one.folder) else None,
         quality=Quality(
             documents=len(text.bytes),
             tokens=int(text.tokens.sum()),

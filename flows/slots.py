@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,7 +94,10 @@ def _renew(held: UUID, lease: float, ended: threading.Event) -> None:
 def device(name: str, say: Callable[[str], None]) -> Iterator[None]:
     """Holds the GPU `name` of this host: the limit, and a file lock that needs no server."""
     file = Path(tempfile.gettempdir()) / f"drawplate-{name.replace('/', '-')}.lock"
-    with slot(name, say), file.open("a") as lock:
+    with suppress(FileExistsError):
+        file.touch(exist_ok=False)
+        file.chmod(0o644)  # workers of other users need to read it, whatever this one's umask
+    with slot(name, say), file.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

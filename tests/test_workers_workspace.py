@@ -1,5 +1,6 @@
 """Workspaces, and handing results on: isolation, one line for a wrong revision, nothing lost."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from workers_cases import git, make_project, run_in
 
 from drawplate.core.errors import UserError
-from flows import ahead, handover
+from flows import ahead, handover, slots
 from flows.graph import inputs, outdated, repro
 from flows.handover import begin, entries, hand_on, tip
 from flows.stage import StageFailed
@@ -398,3 +399,18 @@ def test_one_file_of_an_output_is_brought_without_the_rest(project, tmp_path, mo
         assert [file.name for file in (place.root / "big").iterdir()] == ["lineage.json"]
         place.bring(["big"])
         assert len(list((place.root / "big").iterdir())) == 2
+
+
+def test_a_gpu_is_held_by_a_file_that_workers_of_other_users_can_hold_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(slots, "slot", lambda *_: nullcontext())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = os.umask(0o077)
+    try:
+        with slots.device("gpu@host:0", print):
+            (file,) = tmp_path.iterdir()
+            assert file.stat().st_mode & 0o444 == 0o444
+    finally:
+        os.umask(before)
+    file.chmod(0o444)  # as others see it
+    with slots.device("gpu@host:0", print):
+        assert list(tmp_path.iterdir()) == [file]

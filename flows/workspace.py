@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from drawplate.core.errors import UserError
 from flows.graph import reason
@@ -173,13 +173,24 @@ def workspace(origin: str, revision: str = "HEAD") -> Iterator[Workspace]:
     parent = Path(os.environ.get("DRAWPLATE_WORKSPACES") or tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     _sweep(parent)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    folder, held = _claim(parent)
     try:
-        with (folder / "lock").open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            yield _clone(origin, revision, folder / "workspace")
+        yield _clone(origin, revision, folder / "workspace")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        held.close()
+
+
+def _claim(parent: Path) -> tuple[Path, TextIO]:
+    """A new folder, and its lock, which is held until it is closed."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        held = (folder / "lock").open("w")
+        fcntl.flock(held, fcntl.LOCK_EX)
+        # Another run may have taken the folder for a killed run's before it was locked.
+        if folder.exists():
+            return folder, held
+        held.close()
 
 
 def _clone(origin: str, revision: str, root: Path) -> Workspace:

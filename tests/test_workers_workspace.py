@@ -1,11 +1,13 @@
 """Workspaces, and handing results on: isolation, one line for a wrong revision, nothing lost."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +53,21 @@ def test_a_revision_that_does_not_exist_is_one_line_and_leaves_nothing(project, 
     assert "\n" not in str(error.value)
     assert f"has no revision {revision!r}" in str(error.value)
     assert list((tmp_path / "workspaces").iterdir()) == []
+
+
+def test_a_workspace_that_is_swept_before_it_is_locked_is_made_again(project, monkeypatch):
+    plain, swept = fcntl.flock, []
+
+    def flock(file, how):
+        if how == fcntl.LOCK_EX and not swept:
+            swept.append(Path(file.name).parent)
+            shutil.rmtree(swept[0])
+        plain(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with workspace(str(project)) as place:
+        assert (place.root / "dvc.yaml").exists()
+        assert swept[0] not in place.root.parents
 
 
 def test_a_folder_without_dvc_is_refused(tmp_path, monkeypatch):

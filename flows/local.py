@@ -166,10 +166,11 @@ def change_params(file: Path, changes: Sequence[str], presets: Sequence[str]) ->
     )
     document = yaml.load(file.read_text(encoding="utf-8"))
     _lay(document, tree)
-    temporary = file.with_suffix(".yaml.new")
+    place = file.resolve()  # a link stays one
+    temporary = place.with_suffix(".yaml.new")
     with temporary.open("w", encoding="utf-8") as out:
         yaml.dump(document, out)
-    temporary.replace(file)
+    temporary.replace(place)
 
 
 def _lay(document: Any, tree: Any) -> None:

@@ -201,3 +201,14 @@ def test_a_wrong_change_leaves_the_file_alone(tmp_path):
         change_params(file, ["compress.ratio=0.5", "compress.ratoi=0.3"], ())
     assert file.read_text() == PARAMS
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_change_goes_to_where_a_link_points(tmp_path):
+    file, link = tmp_path / "theirs.yaml", tmp_path / "clone" / "params.yaml"
+    file.write_text(PARAMS)
+    link.parent.mkdir()
+    link.symlink_to("../theirs.yaml")
+    change_params(link, ["compress.ratio=0.5"], ())
+    assert link.is_symlink()
+    assert settings.read(file)["compress"]["ratio"] == 0.5
+    assert sorted(tmp_path.rglob("*.*")) == [link, file]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from drawplate.core.errors import Exhausted, UserError
-from stages.quiet import quiet_environment
+from stages.quiet import interruptible, quiet_environment
 
 FORECAST = Path(".drawplate") / "forecast.json"
 Tree = dict[str, Any]
@@ -693,6 +693,7 @@ def preflight(
 ) -> str:
     """The table of `forecast` for params.yaml of `root` with presets and `key=value` changes."""
     quiet_environment()
+    interruptible()
     from drawplate import settings
     from drawplate.forecast.stages import table
 

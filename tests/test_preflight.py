@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,17 @@ def test_wrong_words_are_refused_at_once(project, monkeypatch):
     for device in ("cdua", "cuda:99"):
         with pytest.raises(UserError, match=f"execution.device '{device}': "):
             preflight(project, ["pretrain"], [f"execution.device={device}"])
+
+
+def test_a_preflight_that_is_asked_to_end_leaves_nothing(project, monkeypatch):
+    before = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("flows.preflight.players", lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        assert guarded(lambda: preflight(project, limits=ENOUGH)) == 130
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    assert not list((project / ".drawplate").iterdir())
 
 
 def test_the_comparison_reads_records_and_folders(project):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -143,7 +144,7 @@ def log_model(
     made = model_of(store, where, digest)
     if made is None:
         made = mlflow.create_external_model(
-            name=name,
+            name=re.sub(r"""[./:%"']""", "-", name),  # MLflow takes none of these
             source_run_id=run,
             experiment_id=where,
             model_type="drawplate",

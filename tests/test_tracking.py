@@ -66,6 +66,17 @@ def test_a_journal_may_be_sent_again_from_any_line(store, tmp_path):
     assert again["toy"].info.end_time == 1_000_004
 
 
+def test_an_output_may_be_called_what_no_logged_model_may(store, tmp_path):
+    model = {"drawplate.kind": "model", "drawplate.output": "a" * 64}
+    said = facts(output="""models/a.b:c%d'e"f""")
+    journal(tmp_path / ".drawplate/unsent/a", said, close=DONE | {"tags": model})
+    assert drain(tmp_path) == {}
+    assert runs(store)["toy"].info.status == "FINISHED"
+    assert runs(store)["toy"].data.metrics["final.size"] == 2
+    (made,) = store.search_logged_models([experiment(store)])
+    assert (made.name, made.tags["drawplate.hash"]) == ("a-b-c-d-e-f", "a" * 64)
+
+
 def test_half_a_line_waits_for_its_other_half(store, tmp_path):
     folder = journal(tmp_path / "j", facts(), steps=2)
     log = folder / "log.jsonl"

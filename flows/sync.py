@@ -55,7 +55,8 @@ def sync(root: Path, execution: str, statuses: Mapping[str, str]) -> str | None:
 
     Producers' runs get DVC's hashes, stages that did not run get a run that says so, and the
     execution's run gets all parameters, the headline figures and a description with links. Calling
-    it again changes nothing. Where MLflow is away it says so and returns None: the next call sends.
+    it again changes nothing. Where MLflow does not take it, it says so and returns None: the next
+    call tries again.
     """
     from stages.tracking import client, told
 
@@ -63,7 +64,7 @@ def sync(root: Path, execution: str, statuses: Mapping[str, str]) -> str | None:
     try:
         return _bring_up_to_date(client(), root, execution, statuses)
     except Exception as error:  # of any kind; MLflow's view of a run is no reason to fail it
-        print(f"MLflow is away ({told(error)}); `python -m flows.sync` sends the rest.")
+        print(f"MLflow did not take the rest ({told(error)}); `python -m flows.sync` tries again.")
         return None
 
 
@@ -74,6 +75,7 @@ def _bring_up_to_date(store: Any, root: Path, execution: str, statuses: Mapping[
     from stages.tracking import (
         execution_run,
         experiment,
+        legal,
         link_producers,
         log_params,
         producer_of,
@@ -94,7 +96,7 @@ def _bring_up_to_date(store: Any, root: Path, execution: str, statuses: Mapping[
             made = {known[each]["output"] for each in known}
             items = [(kind, item) for kind in ("dep", "out") for item in entry.get(f"{kind}s", [])]
             tags = [(f"dvc.{kind}.{i['path']}", i["md5"]) for kind, i in items if i["path"] in made]
-            store.log_batch(producer, tags=[RunTag(*tag) for tag in tags])
+            store.log_batch(producer, tags=[RunTag(legal(key), md5) for key, md5 in tags])
             link_producers(store, where, producer)
         run = producer
         if status != "ran":
@@ -130,7 +132,7 @@ def _stand_in(
     from mlflow.entities import LoggedModelOutput, Metric, RunTag
 
     from stages.notes import stage_note
-    from stages.tracking import log_metrics, log_params, model_of, texts
+    from stages.tracking import legal, log_metrics, log_params, model_of, texts
 
     name = f"{stage} ({status})"
     query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.run_name = '{name}'"
@@ -155,7 +157,8 @@ def _stand_in(
     figures = root / "metrics" / f"{stage}.json"
     if figures.exists():
         values = json.loads(figures.read_bytes())
-        log_metrics(store, run, [Metric(f"final.{k}", v, now, 0) for k, v in values.items()])
+        finals = [Metric(legal(f"final.{k}"), v, now, 0) for k, v in values.items()]
+        log_metrics(store, run, finals)
     model = model_of(store, where, digest)
     if model is not None:
         store.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
@@ -168,11 +171,13 @@ def _headlines(store: Any, parent: str, root: Path, report: Path) -> None:
     """The last model's figures on the execution's run, so that executions can be sorted by them."""
     from mlflow.entities import Metric
 
+    from stages.tracking import legal
+
     figures = json.loads((root / "metrics" / "evaluate.json").read_bytes())
     name = json.loads((report / "report.json").read_bytes())["checkups"][-1]["name"]
     written = (report / "report.json").stat().st_mtime_ns // 1_000_000
     last = [
-        Metric(key, value, written, 0)
+        Metric(legal(key), value, written, 0)
         for key, value in figures.items()
         if key.startswith(f"{name}.") and ".vs_" not in key
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drawplate.core.errors import UserError
-from stages.tracking import log_model, model_of
+from stages.tracking import legal, log_model, model_of
 
 REGISTERED = "drawplate"
 ALIAS = "champion"
@@ -52,12 +52,12 @@ def evaluated(
         candidate = model_of(store, where, digest) or log_model(store, where, run, name, digest, {})
         own = candidate.source_run_id
         figures = {
-            key.removeprefix(f"{name}."): value
+            legal(f"eval.{key.removeprefix(f'{name}.')}"): value
             for key, value in metrics.items()
             if key.startswith(f"{name}.") and ".vs_" not in key
         }
         named = {"model_id": candidate.model_id, **corpus}
-        store.log_batch(own, [Metric(f"eval.{k}", v, now, 0, **named) for k, v in figures.items()])
+        store.log_batch(own, [Metric(k, v, now, 0, **named) for k, v in figures.items()])
         store.set_tag(own, "drawplate.evaluated_by", run)
     if candidate is not None:
         _decide(store, run, candidate, digest, checkups[-1], report)

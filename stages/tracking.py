@@ -158,14 +158,19 @@ def log_model(
     return made
 
 
+def legal(key: str) -> str:
+    """A parameter's, figure's or tag's name with what MLflow refuses in it replaced by dashes."""
+    return re.sub(r"[^/\w.\- :]", "-", key)
+
+
 def texts(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested parameters -> dotted keys and short texts."""
+    """Nested parameters -> dotted keys that MLflow takes, and short texts."""
     found: dict[str, str] = {}
     for key, value in params.items():
         if isinstance(value, Mapping):
             found |= texts(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = str(value)[:5000]
+            found[legal(f"{prefix}{key}")] = str(value)[:5000]
     return found
 
 
@@ -231,7 +236,9 @@ class Sender:
                 log_metrics(self._store, self._run, batch)
                 self._sent_to(end)
                 batch = []
-            batch += [Metric(key, value, row["time"], row["step"]) for key, value in points.items()]
+            batch += [
+                Metric(legal(key), value, row["time"], row["step"]) for key, value in points.items()
+            ]
             end = behind
             self._note(row)
             if not points:
@@ -267,7 +274,7 @@ class Sender:
             "mlflow.parentRunId": self._parent,
             "drawplate.stage": facts["stage"],
             "drawplate.journal": self._name,
-            **{f"drawplate.input.{role}": digest for role, digest in facts["inputs"].items()},
+            **{legal(f"drawplate.input.{k}"): digest for k, digest in facts["inputs"].items()},
         }
         if self._run:
             store.log_batch(self._run, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -313,7 +320,9 @@ class Sender:
             name, params = Path(facts["output"]).name, texts(facts["params"])
             digest = tags["drawplate.output"]
             model = log_model(store, self._where, self._run, name, digest, params).model_id
-        finals = [Metric(f"final.{k}", v, now, 0, model_id=model) for k, v in metrics.items()]
+        finals = [
+            Metric(legal(f"final.{k}"), v, now, 0, model_id=model) for k, v in metrics.items()
+        ]
         log_metrics(store, self._run, finals)
         store.log_batch(self._run, tags=[RunTag(key, value) for key, value in tags.items()])
         for path in sorted((self.folder / FILES).glob("*")):

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import string
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -112,10 +113,27 @@ def test_what_ended_stages_left_is_drained_and_what_is_at_work_is_not(store, tmp
 
 
 def test_a_store_that_refuses_keeps_the_journal_and_is_told(store, tmp_path):
-    folder = journal(tmp_path / ".drawplate/unsent/a", facts(params={"a#b": 1}), close=DONE)
+    folder = journal(tmp_path / ".drawplate/unsent/a", facts(params={"a" * 251: 1}), close=DONE)
     (problem,) = drain(tmp_path).values()
-    assert "a#b" in problem
+    assert "250 characters" in problem
     assert folder.exists()
+
+
+def test_parameters_figures_and_inputs_may_have_any_name(store, tmp_path):
+    """Overrides by globs are parameters; folders of models are roles and stand in figures."""
+    name = string.printable.replace("/", "")
+    said = facts(params={"overrides": {name: 1}}, inputs={name: "a" * 64})
+    folder = journal(tmp_path / ".drawplate/unsent/a", said, close=DONE | {"metrics": {name: 2.0}})
+    log = folder / "log.jsonl"
+    log.write_text(log.read_text().replace('"loss"', json.dumps(name)))
+    assert drain(tmp_path) == {}
+    run = runs(store)["toy"]
+    (param,) = run.data.params
+    shown = param.removeprefix("overrides.")
+    assert len(shown) == len(name)
+    assert run.data.metrics == {shown: 1 / 3, f"final.{shown}": 2.0}
+    assert run.data.tags[f"drawplate.input.{shown}"] == "a" * 64
+    assert run.info.status == "FINISHED"
 
 
 def test_two_stages_that_begin_at_once_share_one_execution(store, monkeypatch):
@@ -319,12 +337,14 @@ def project(tmp_path):
     ):
         with publish(root / out, "model") as inside:
             (inside / "data").write_text(stage)
-            node = lineage.Node(stage=stage, params={"ratio": 0.5}, sources={"web": "1"})
+            node = lineage.Node(
+                stage=stage, params={"overrides": {"*.up": 4}}, sources={"web": "1"}
+            )
             lineage.write(lineage.trace(node, parents), inside)
         for place, value in (
             ("lineage", {"stage": stage, "output": out, "started": len(stages),
                          "hash": lineage.content_hash(root / out)}),
-            ("metrics", {"loss": 1.5}),
+            ("metrics", {"loss": 1.5, "r=1.loss": 2.5}),
         ):  # fmt: skip
             (root / place).mkdir(exist_ok=True)
             (root / place / f"{stage}.json").write_text(json.dumps(value))
@@ -370,8 +390,9 @@ def test_a_stage_that_was_not_computed_again_is_shown_with_a_link(store, project
     assert f"| compress | cached | [{computed_by[:8]}]" in parent.data.tags["mlflow.note.content"]
     assert parent.data.tags["stage.compress.status"] == "cached"
     assert parent.data.tags["stage.compress.run_id"] == stand_in.info.run_id
-    assert (stand_in.data.metrics, stand_in.data.params) == ({"final.loss": 1.5}, {"ratio": "0.5"})
-    assert parent.data.params == {"prepare.ratio": "0.5", "compress.ratio": "0.5"}
+    assert stand_in.data.metrics == {"final.loss": 1.5, "final.r-1.loss": 2.5}
+    assert stand_in.data.params == {"overrides.-.up": "4"}
+    assert set(parent.data.params) == {"prepare.overrides.-.up", "compress.overrides.-.up"}
     assert stand_in.outputs.model_outputs[0].model_id == tags["drawplate.model_id"]
     for run in (computed_by, stand_in.info.run_id):  # from a score of either to the raw text
         capsys.readouterr()

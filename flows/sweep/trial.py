@@ -148,16 +148,17 @@ def tie(spec: Spec, execution: str, outcome: Outcome) -> str:
     """Puts the MLflow run of an execution below the sweep's, as the run of this trial."""
     from mlflow.entities import Metric
 
-    from stages.tracking import client, execution_run, experiment, log_metrics, log_params
+    from stages.tracking import client, execution_run, experiment, legal, log_metrics, log_params
 
     store = client()
     run = execution_run(store, experiment(store), execution)
     store.update_run(run, name=spec.name)
     now = time.time_ns() // 1_000_000
     figures = flat(outcome.metrics).items()
-    log_metrics(store, run, [Metric(key, value, now, 0) for key, value in figures])
+    log_metrics(store, run, [Metric(legal(key), value, now, 0) for key, value in figures])
+    changes = {legal(key): value for key, value in spec.changes.items()}
     known = store.get_run(run).data.params  # what `sync` put there, written its own way
-    log_params(store, run, {k: v for k, v in spec.changes.items() if k not in known})
+    log_params(store, run, {k: v for k, v in changes.items() if k not in known})
     for key, value in (
         ("mlflow.parentRunId", str(spec.parent)),
         ("drawplate.experiment", spec.name),

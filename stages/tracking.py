@@ -100,10 +100,13 @@ def execution_run(store: Any, where: str, execution: str) -> str:
 
 
 def producer_of(store: Any, where: str, digest: str) -> Any:
-    """The first run whose output has this content hash, or None."""
+    """The first run that computed an output with this content hash, or None.
+
+    Runs that stand for a stage that was not computed again have no journal.
+    """
     found = store.search_runs(
         [where],
-        f"tags.`drawplate.output` = '{digest}'",
+        f"tags.`drawplate.output` = '{digest}' and tags.`drawplate.journal` LIKE '%'",
         order_by=["attributes.start_time ASC"],
         max_results=1,
     )

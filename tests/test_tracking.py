@@ -402,6 +402,17 @@ def test_a_stage_that_was_not_computed_again_is_shown_with_a_link(store, project
         assert "prepare" in told
 
 
+def test_what_no_run_of_this_store_computed_has_no_producer(store, project):
+    from flows.sync import sync
+
+    for execution in ("one", "two"):
+        sync(project, execution, {"prepare": "unchanged", "compress": "cached"})
+    for run in store.search_runs([experiment(store)]):
+        assert "drawplate.cached_from" not in run.data.tags
+        if run.info.run_name.startswith("pipeline"):
+            assert run.data.tags["mlflow.note.content"].count("no run of this store") == 2
+
+
 def test_an_execution_is_brought_up_to_date_when_the_store_is_back(store, project, monkeypatch):
     from flows import sync as module
 

@@ -17,8 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,22 +63,24 @@ class Tracker:
         self._sender: subprocess.Popen[bytes]
 
     def start(self) -> None:
-        """Opens the run in the journal, and starts the sender."""
+        """Opens the run in the journal, and starts the sender, which is handed the lock held."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with naming(self._room):
             self._room.write_bytes(bytes(_CLOSE))
         log = self.folder / LOG
-        with held(self.folder):  # a sender of an earlier attempt may still be at work
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a sender of an earlier attempt may still be at work
             name = self._read_on(log) if log.exists() else secrets.token_hex(8)
             self._log = log.open("a", encoding="utf-8")
             self._write({"open": self.facts.model_dump(), "name": name})
-        self._sender = subprocess.Popen(
-            [sys.executable, "-m", "stages.tracking", str(self.folder.resolve())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=(self.folder / "sender.log").open("wb"),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+            self._sender = subprocess.Popen(
+                [sys.executable, "-m", "stages.tracking", str(self.folder.resolve())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=(self.folder / "sender.log").open("wb"),
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                pass_fds=[lock.fileno()],
+            )
 
     def point(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the figures of one step."""
@@ -145,14 +146,6 @@ class Tracker:
         with naming(self.folder / LOG):
             self._log.write(json.dumps({**row, "time": time.time_ns() // 1_000_000}) + "\n")
             self._log.flush()
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Waits until no sender works on the journal, and keeps others away."""
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -405,31 +405,30 @@ def main(folder: Path) -> int:
     """Sends a journal while a stage writes it; 0 when everything, its close too, has arrived.
 
     The stage holds the other end of standard input. It writes there how long to go on trying, and
-    the end of input, which a killed stage leaves too, says that nothing more will come.
+    the end of input, which a killed stage leaves too, says that nothing more will come. The
+    journal's lock was handed over held; it is free again when this process ends.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # the stage decides when this process ends
         signal.signal(number, signal.SIG_IGN)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        sender: Sender | None = None
-        give_up: float | None = None
-        while True:
-            try:
-                sender = sender or Sender(folder)
-                sender.send()
-            except Exception as error:  # the next round tries again; the last one is reported
-                _put(folder / PROBLEM, told(error))
-            else:
-                if give_up is not None and sender.closed:
-                    return 0
-            if give_up is None:
-                if select.select([sys.stdin], [], [], _PAUSE)[0]:
-                    give_up = time.monotonic() + float(sys.stdin.read() or 3)
-                    close_as_killed(folder)
-            elif time.monotonic() > give_up:
-                return 75
-            else:
-                time.sleep(0.5)
+    sender: Sender | None = None
+    give_up: float | None = None
+    while True:
+        try:
+            sender = sender or Sender(folder)
+            sender.send()
+        except Exception as error:  # the next round tries again; the last one is reported
+            _put(folder / PROBLEM, told(error))
+        else:
+            if give_up is not None and sender.closed:
+                return 0
+        if give_up is None:
+            if select.select([sys.stdin], [], [], _PAUSE)[0]:
+                give_up = time.monotonic() + float(sys.stdin.read() or 3)
+                close_as_killed(folder)
+        elif time.monotonic() > give_up:
+            return 75
+        else:
+            time.sleep(0.5)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import string
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -110,6 +111,23 @@ def test_what_ended_stages_left_is_drained_and_what_is_at_work_is_not(store, tmp
     drain(project)
     assert runs(store)["c"].info.status == "KILLED"
     assert set(counted(tmp_path / "mlflow.db", "loss").values()) == {(3, 3)}
+
+
+def test_a_journal_whose_sender_is_only_starting_is_left_alone(store, tmp_path, monkeypatch):
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nread -r _\nexit 75\n")  # has sent nothing when the stage ends
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    tracker = Tracker(facts(), tmp_path / ".drawplate/toy-1")
+    tracker.start()
+    tracker.point(1, {"loss": 1.0})
+    written = (tracker.folder / "log.jsonl").read_text()
+    assert drain(tmp_path) == {}
+    assert (tracker.folder / "log.jsonl").read_text() == written
+    tracker.finish("FINISHED", metrics={}, tags={})
+    assert drain(tmp_path) == {}
+    assert runs(store)["toy"].info.status == "FINISHED"
+    assert "drawplate.error" not in runs(store)["toy"].data.tags
 
 
 def test_a_store_that_refuses_keeps_the_journal_and_is_told(store, tmp_path):

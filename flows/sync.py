@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drawplate.settings import parse
+from drawplate import settings
 from stages.quiet import guarded
 
 
@@ -26,7 +26,9 @@ def lock(root: Path) -> dict[str, Any]:
     file = root / "dvc.lock"
     if not file.exists():
         return {}
-    return dict((parse(file.read_text(encoding="utf-8"), "dvc.lock") or {}).get("stages", {}))
+    return dict(
+        (settings.parse(file.read_text(encoding="utf-8"), "dvc.lock") or {}).get("stages", {})
+    )
 
 
 def records(root: Path) -> dict[str, dict[str, Any]]:
@@ -56,11 +58,13 @@ def sync(root: Path, execution: str, statuses: Mapping[str, str]) -> str | None:
     Producers' runs get DVC's hashes, stages that did not run get a run that says so, and the
     execution's run gets all parameters, the headline figures and a description with links. Calling
     it again changes nothing. Where MLflow does not take it, it says so and returns None: the next
-    call tries again.
+    call tries again. None too where params.yaml says that runs are not logged.
     """
     from stages.tracking import client, told
 
     ship(root)
+    if not (settings.read(root / "params.yaml").get("execution") or {}).get("tracking", True):
+        return None
     try:
         return _bring_up_to_date(client(), root, execution, statuses)
     except Exception as error:  # of any kind; MLflow's view of a run is no reason to fail it
@@ -214,8 +218,8 @@ def main() -> None:
         for key, value in parent.data.tags.items()
         if key.startswith("stage.") and key.endswith(".status") and value in ("finished", "ran")
     }
-    sync(root, execution, statuses)
-    print(f"{uri()} is up to date with this folder.")
+    if sync(root, execution, statuses) is not None:
+        print(f"{uri()} is up to date with this folder.")
 
 
 if __name__ == "__main__":

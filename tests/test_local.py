@@ -131,6 +131,13 @@ def test_a_report_of_damaged_figures_is_one_line(project, run):
     assert told.startswith(f"drawplate: {file} holds no figures: ")
 
 
+def test_a_run_that_is_not_tracked_makes_no_store(project, run):
+    (project / "params.yaml").write_text(PARAMS.replace("tracking: true", "tracking: false"))
+    code, out, _ = run()
+    assert (code, sum(line.startswith("Done in ") for line in out)) == (0, 1)
+    assert not (project / "mlflow.db").exists()
+
+
 @pytest.mark.parametrize(
     ("word", "code", "out", "told"),
     [

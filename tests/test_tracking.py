@@ -369,6 +369,7 @@ def project(tmp_path):
         stages[stage] = {"outs": [{"path": out, "md5": f"{stage}.dir"}], "deps": []}
     stages["compress"]["deps"] = [{"path": "data/corpus", "md5": "prepare.dir"}]
     (root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": stages}))
+    (root / "params.yaml").write_text("{}")
     return root
 
 

@@ -250,15 +250,20 @@ def _steps_of_run(run_id: str) -> Iterator[Step]:
     from mlflow.exceptions import MlflowException
 
     from drawplate.lineage import FILE, published, read, walk, walk_record
-    from stages.tracking import client, exists, uri
+    from stages.tracking import answering, client, exists, uri
 
     if not exists():
         raise UserError(f"{run_id!r} is no folder, and there are no runs: {uri()} does not exist")
     store = client()
-    try:
-        tags = store.get_run(run_id).data.tags
-    except MlflowException:
-        raise UserError(f"{run_id!r} is no folder, and no run in {uri()}") from None
+    with answering("name a folder"):
+        try:
+            tags = store.get_run(run_id).data.tags
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            tags = None
+    if tags is None:
+        raise UserError(f"{run_id!r} is no folder, and no run in {uri()}")
     if "drawplate.output" not in tags:
         raise UserError(f"run {run_id} made no artifact: it is a whole execution, or it failed")
     here, digest = Path.cwd(), tags["drawplate.output"]

@@ -19,9 +19,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from drawplate.core.errors import UserError
 from stages.quiet import quiet_environment
 
 EXPERIMENT = "drawplate"
@@ -58,6 +60,21 @@ def client() -> Any:
     mlflow.set_tracking_uri(uri())
     mlflow.set_registry_uri(uri())
     return mlflow.MlflowClient(tracking_uri=uri(), registry_uri=uri())
+
+
+@contextmanager
+def answering(otherwise: str) -> Iterator[None]:
+    """Where a user waits for the store: says that it fails, and what to do without it.
+
+    Raises:
+        UserError: the store is away, or refuses.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"MLflow at {uri()} does not answer ({told(error)}); start it, or {otherwise}"
+        ) from error
 
 
 def experiment(store: Any) -> str:

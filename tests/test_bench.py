@@ -6,11 +6,14 @@ import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
 from scipy import stats
 
 from drawplate.core.errors import UserError
@@ -19,6 +22,7 @@ from drawplate.model import build
 from drawplate.quantize.grid import Grid
 from drawplate.settings import override, presets, read, validate
 from flows.bench import plan, run, show
+from stages.run import Execution
 from tests.test_chain import corpus as corpus
 from tests.test_chain import foreign
 
@@ -238,6 +242,26 @@ def test_a_comparison_from_end_to_end(project, corpus, monkeypatch):
     assert not (out / "work").exists()
     monkeypatch.setattr(run, "_one", None)  # nothing is left to compute
     assert bench(project, corpus, "integer", "nf4") == text
+
+
+def test_a_comparison_needs_mlflow_at_its_start_and_outlives_it(tmp_path, monkeypatch, capsys):
+    store = MagicMock()
+    monkeypatch.setattr("stages.tracking.client", lambda: store)
+    with run._logged("quantize", Execution()) as log:
+        store.log_metric.side_effect = store.set_terminated.side_effect = MlflowException("gone")
+        record = {"runs": {"0": {"integer": {"bits_per_byte": 1.0}}}}
+        log(tmp_path, SimpleNamespace(key="quantize"), record)
+    assert f"MLflow did not take what {tmp_path} holds: MlflowException: gone" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ZeroDivisionError), run._logged("quantize", Execution()):
+        raise ZeroDivisionError
+    store.search_runs.side_effect = MlflowException("refused")
+    with (
+        pytest.raises(UserError, match=r"does not answer .*refused.*execution.tracking=false"),
+        run._logged("quantize", Execution()),
+    ):
+        pass
 
 
 def test_contenders_are_compared_in_what_their_parent_has_no_figure_of():

@@ -482,6 +482,21 @@ def test_a_run_of_a_clone_that_is_gone_is_walked_from_what_lies_here_or_its_reco
     ]  # fmt: skip
 
 
+def test_a_run_is_said_to_be_missing_only_where_the_store_answers(store, monkeypatch, capsys):
+    from flows.cli import cli
+    from stages.quiet import guarded
+
+    def told(run):
+        assert guarded(lambda: cli.main(["lineage", run], standalone_mode=False)) == 2
+        return capsys.readouterr().err
+
+    for run in ("0" * 32, "models/none"):
+        assert f"'{run}' is no folder, and no run in sqlite:" in told(run)
+    away = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", away)
+    assert told("0" * 32).startswith(f"drawplate: MLflow at {away} does not answer (")
+
+
 def test_asking_for_a_run_makes_no_store(tmp_path, monkeypatch, capsys):
     from flows.cli import cli
     from stages.quiet import guarded

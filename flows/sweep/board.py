@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drawplate.core.errors import UserError
 from flows.sweep.plan import Outcome
 from stages.tracking import told
 
@@ -16,11 +15,11 @@ class Board:
     """The sweep's run. A store that fails while trials run costs its view of them, and is named."""
 
     def __init__(self, sweep: str, revision: str, request: Mapping[str, Any]):
-        from stages.tracking import client, execution_run, experiment, uri
+        from stages.tracking import answering, client, execution_run, experiment, uri
 
         self.revision = revision
         self.environment = {"MLFLOW_TRACKING_URI": uri()}
-        try:
+        with answering("commit execution.tracking: false"):
             self.store = client()
             self.place = experiment(self.store)
             self.run: str = execution_run(self.store, self.place, sweep)
@@ -28,11 +27,6 @@ class Board:
             self.store.set_tag(self.run, "git.commit", revision)
             for key, value in request.items():
                 self.store.set_tag(self.run, f"sweep.{key}", json.dumps(value)[:5000])
-        except Exception as error:
-            raise UserError(
-                f"MLflow at {uri()} does not answer ({told(error)}); start it, or commit "
-                "execution.tracking: false"
-            ) from error
 
     def link(self, name: str, outcome: Outcome) -> None:
         """Names a trial's run, or why it has none, in a tag."""

@@ -234,9 +234,8 @@ def figures_table(root: Path) -> list[list[str]]:
         figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Damaged(f"{file} holds no figures: {error}; run the pipeline again") from None
-    models = list(
-        dict.fromkeys(key.split(".")[0] for key in figures if key.endswith(".stored_bytes"))
-    )
+    size = ".stored_bytes"
+    models = [key.removesuffix(size) for key in figures if key.endswith(size)]
     rows = [["", *(title for title, _, _ in _COLUMNS)]]
     for model in models:
         cells = ((form, figures.get(f"{model}.{key}")) for _, key, form in _COLUMNS)

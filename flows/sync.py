@@ -175,15 +175,17 @@ def _headlines(store: Any, parent: str, root: Path, report: Path) -> None:
     """The last model's figures on the execution's run, so that executions can be sorted by them."""
     from mlflow.entities import Metric
 
+    from stages.champion import figures_of
     from stages.tracking import legal
 
     figures = json.loads((root / "metrics" / "evaluate.json").read_bytes())
-    name = json.loads((report / "report.json").read_bytes())["checkups"][-1]["name"]
+    *others, name = (
+        one["name"] for one in json.loads((report / "report.json").read_bytes())["checkups"]
+    )
     written = (report / "report.json").stat().st_mtime_ns // 1_000_000
     last = [
-        Metric(legal(key), value, written, 0)
-        for key, value in figures.items()
-        if key.startswith(f"{name}.") and ".vs_" not in key
+        Metric(legal(f"{name}.{key}"), value, written, 0)
+        for key, value in figures_of(name, others, figures).items()
     ]
     store.log_batch(parent, metrics=last)
 

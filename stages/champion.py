@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,22 @@ def evaluated(
         digest = facts["inputs"][name]
         candidate = model_of(store, where, digest) or log_model(store, where, run, name, digest, {})
         own = candidate.source_run_id
-        figures = {
-            legal(f"eval.{key.removeprefix(f'{name}.')}"): value
-            for key, value in metrics.items()
-            if key.startswith(f"{name}.") and ".vs_" not in key
-        }
+        figures = figures_of(name, [one["name"] for one in checkups], metrics).items()
         named = {"model_id": candidate.model_id, **corpus}
-        store.log_batch(own, [Metric(k, v, now, 0, **named) for k, v in figures.items()])
+        store.log_batch(own, [Metric(legal(f"eval.{k}"), v, now, 0, **named) for k, v in figures])
         store.set_tag(own, "drawplate.evaluated_by", run)
     if candidate is not None:
         _decide(store, run, candidate, digest, checkups[-1], report)
+
+
+def figures_of(name: str, names: Iterable[str], metrics: Mapping[str, float]) -> dict[str, float]:
+    """A model's own figures, no comparisons; another of `names` may go on where `name` ends."""
+    others = tuple(f"{other}." for other in names if other.startswith(f"{name}."))
+    return {
+        key.removeprefix(f"{name}."): value
+        for key, value in metrics.items()
+        if key.startswith(f"{name}.") and not key.startswith((*others, f"{name}.vs_"))
+    }
 
 
 def _decide(

@@ -1,5 +1,6 @@
 """`drawplate run` on a small DVC project: what is refused, what ran, and how it ended."""
 
+import json
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from flows.cli import cli
 from flows.graph import end_group
+from flows.local import figures_table
 from stages.quiet import guarded
 
 PARAMS = (Path(__file__).parents[1] / "params.yaml").read_text()
@@ -129,6 +131,17 @@ def test_a_report_of_damaged_figures_is_one_line(project, run):
     code, out, (told,) = run("report")
     assert (code, out) == (3, [])
     assert told.startswith(f"drawplate: {file} holds no figures: ")
+
+
+def test_each_model_has_its_row_whatever_its_name(project):
+    (project / "metrics").mkdir()
+    figures = {"llama-3.stored_bytes": 5, "llama-3.2.stored_bytes": 6, "llama-3.2.greedy": 0.5}
+    (project / "metrics/evaluate.json").write_text(json.dumps(figures))
+    titles, *rows = figures_table(project)
+    assert [(row[0], row[titles.index("bytes")], row[titles.index("greedy")]) for row in rows] == [
+        ("llama-3", "5", "-"),
+        ("llama-3.2", "6", "50.0%"),
+    ]
 
 
 def test_a_run_that_is_not_tracked_makes_no_store(project, run):

@@ -344,6 +344,26 @@ def test_the_champion_moves_only_to_what_is_healthy_and_not_worse(store, tmp_pat
     ]
 
 
+def test_models_whose_names_begin_alike_have_their_own_figures(store, tmp_path):
+    own = {"llama-3": 0.25, "llama-3.2": 0.5}
+    files = report(tmp_path / "report", "llama-3.2", 20)
+    told = json.loads(files["report.json"])
+    told["checkups"] = [{"name": name, "reasons": []} for name in own]
+    read = {name: str(number) * 64 for number, name in enumerate(own)} | {"corpus": "c" * 64}
+    figures = {f"{name}.pass_at_1": value for name, value in own.items()}
+    journal(
+        tmp_path / ".drawplate/unsent/a", facts("evaluate", inputs=read),
+        close=DONE | {"metrics": figures | {"llama-3.2.vs_llama-3.greedy.verdict": 0.0},
+                      "tags": {"drawplate.kind": "report"}},
+        files=files | {"report.json": json.dumps(told)},
+    )  # fmt: skip
+    assert drain(tmp_path) == {}
+    models = store.search_logged_models([experiment(store)])
+    assert {m.name: {one.key: one.value for one in m.metrics} for m in models} == {
+        name.replace(".", "-"): {"eval.pass_at_1": value} for name, value in own.items()
+    }
+
+
 @pytest.fixture
 def project(tmp_path):
     """A folder as DVC leaves it: prepare, then compress from it, each with record and figures."""

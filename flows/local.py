@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +47,15 @@ def run_pipeline(
     if not (root / "dvc.yaml").is_file():
         raise UserError(f"{root} holds no pipeline (no dvc.yaml); go to a clone of drawplate")
     refuse_unknown(stages, settings.read(root / "dvc.yaml").get("stages", {}))
-    if changes or presets:
-        change_params(root / "params.yaml", changes, presets)
-        _checked(root).write_text(_seen(root))
-    else:
-        _check_once(root)
-    execution = new_execution()
-    started = time.monotonic()
-    done = repro(root, stages, environment={"DRAWPLATE_EXECUTION": execution}, line=_line)
+    with _alone(root):
+        if changes or presets:
+            change_params(root / "params.yaml", changes, presets)
+            _checked(root).write_text(_seen(root))
+        else:
+            _check_once(root)
+        execution = new_execution()
+        started = time.monotonic()
+        done = repro(root, stages, environment={"DRAWPLATE_EXECUTION": execution}, line=_line)
     if done.code != 0:
         return _failed(root, done.tail)
     if all(status == "unchanged" for status in done.statuses.values()):
@@ -73,6 +77,30 @@ def run_pipeline(
     if forecast is not None:
         print(f"\nThe forecast, and what it took:\n{forecast}")
     return 0
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """No other run changes params.yaml before this one has ended.
+
+    Raises:
+        Exhausted: there is another run.
+    """
+    place = root / ".drawplate" / "run.lock"
+    place.parent.mkdir(exist_ok=True)
+    with place.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy(root, place.read_text()) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _busy(root: Path, holders: str) -> Exhausted:
+    return Exhausted(f"{root} is busy: process {holders} runs its stages; wait for it or stop it")
 
 
 def _check_once(root: Path) -> None:
@@ -125,9 +153,7 @@ def _failed(root: Path, tail: str) -> int:
     lines = tail.splitlines()
     if any(map(_BUSY.match, lines)):
         holders = ", ".join(dict.fromkeys(hit[1] for hit in map(_HOLDER.match, lines) if hit))
-        raise Exhausted(
-            f"{root} is busy: process {holders} runs its stages; wait for it or stop it"
-        )
+        raise _busy(root, holders)
     for hit in filter(None, map(STOPPED.match, lines)):
         stage, code = hit[1], int(hit[2])
         # Some shells take their command's place, others outlive it and give 128 + its signal.

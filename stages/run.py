@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import click
 from pydantic import Field
@@ -61,6 +61,14 @@ class Execution(Frozen):
     def processes(self) -> int:
         """All of them, on all machines."""
         return self.nproc * self.nnodes
+
+
+class Given(NamedTuple):
+    """Where a command found its parameters: what `settings_for` takes besides the stage."""
+
+    file: Path | None
+    presets: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -169,6 +177,7 @@ class Stage(Generic[P, I, R]):
         metrics: Path | None = None,
         record: Path | None = None,
         execution: Execution | None = None,
+        given: Given | None = None,
     ) -> R:
         """Makes `out`, all of it or nothing; an interrupted call goes on when it is repeated.
 
@@ -179,13 +188,18 @@ class Stage(Generic[P, I, R]):
             metrics: where to write the report's figures as JSON.
             record: where to write who ran this, when, and under which ids.
             execution: how to run.
+            given: what has to give the same parameters, under the same code, when all is made.
+
+        Raises:
+            UserError: the inputs cannot be read or `out` not be made, or `given` or the code
+                changed in the meantime.
         """
         execution = execution or Execution()
         if self.together and execution.processes > 1:
             from stages.together import launch
 
-            return launch(self, params, inputs, out, metrics, record, execution)
-        report = self.make(params, inputs, out, metrics, record, execution, ALONE)
+            return launch(self, params, inputs, out, metrics, record, execution, given)
+        report = self.make(params, inputs, out, metrics, record, execution, ALONE, given)
         assert report is not None  # only helpers of a first process have none
         return report
 
@@ -198,11 +212,13 @@ class Stage(Generic[P, I, R]):
         record: Path | None,
         execution: Execution,
         world: World,
+        given: Given | None = None,
     ) -> R | None:
         """What a call does in one process; None from those that help the first one of `world`."""
         from drawplate import lineage
         from drawplate.core.artifact import publish, read_manifest
 
+        imported = _imported()
         folders = _folders(inputs) | _named(self.named(params))
         _refuse_overlap(out, [metrics, record], [*folders.values(), *_paths(params)])
         threads = _threads(execution, world)
@@ -246,6 +262,8 @@ class Stage(Generic[P, I, R]):
                     placed.draft({})
                     if tracker is not None:
                         tracker.keep(folder / name for name in [*run.artifacts, lineage.FILE])
+                    if given is not None:
+                        _refuse_changed(self, node.params, given, imported)
                 digest = read_manifest(out).tree_hash
             except BaseException as error:
                 if tracker is not None:
@@ -371,6 +389,19 @@ def _refuse_overlap(out: Path, notes: Sequence[Path | None], inputs: Sequence[Pa
                 raise UserError(f"{note} would change {path}; name a file elsewhere")
 
 
+def _refuse_changed(
+    stage: Stage[Any, Any, Any], params: Any, given: Given, imported: Mapping[str, str]
+) -> None:
+    """DVC reads parameters and code when a stage has ended, and files its output under them."""
+    again = "nothing is kept; run again, or put it back and run again to go on"
+    if settings_for(stage, *given)[0].model_dump(mode="json") != params:
+        raise UserError(f"{stage.name} in {given.file} changed while it ran: {again}")
+    now = _imported()
+    for name, digest in imported.items():
+        if now.get(name) != digest:
+            raise UserError(f"the code of {name} changed while {stage.name} ran: {again}")
+
+
 def _was_stopped(error: BaseException) -> bool:
     signals = isinstance(error, DrawplateError) and error.code > 128
     return signals or isinstance(error, KeyboardInterrupt | SystemExit)
@@ -429,6 +460,19 @@ def code(roots: Sequence[Path]) -> str:
             content = file.read_bytes()
             found.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return found.hexdigest()
+
+
+def _imported() -> dict[str, str]:
+    """Module of `ROOTS` that this process has imported -> digest of its file."""
+    files = {
+        name: Path(getattr(module, "__file__", None) or "")
+        for name, module in [*sys.modules.items()]
+    }
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in files.items()
+        if file.is_file() and any(file.is_relative_to(root) for root in ROOTS)
+    }
 
 
 def _threads(execution: Execution, world: World) -> int:
@@ -646,7 +690,9 @@ def command(stage: Stage[Any, Any, Any], doc: str) -> click.Command:
         params, execution = settings_for(stage, file, presets, changes)
         inputs = stage.inputs(**roles)
         prepare_process()
-        stage(params, inputs, out, metrics=metrics, record=record, execution=execution)
+        # Without DVC, what ran is what the lineage says, whatever the file says now.
+        given = Given(file, presets, changes) if "DVC_STAGE" in os.environ else None
+        stage(params, inputs, out, metrics=metrics, record=record, execution=execution, given=given)
 
     needed = [option for option in (*roles, *common) if option.required]
     words = " ".join(f"{option.opts[0]} {option.opts[0].strip('-').upper()}" for option in needed)

@@ -27,7 +27,7 @@ from psutil import net_if_addrs
 from drawplate.core.errors import DrawplateError, Exhausted, UserError, told
 from drawplate.core.method import Frozen
 from stages.quiet import INTERRUPTED
-from stages.run import STATE, Execution, Stage, execution_id, only_one, prepare_process
+from stages.run import STATE, Execution, Given, Stage, execution_id, only_one, prepare_process
 
 P = TypeVar("P", bound=Frozen)
 I = TypeVar("I", bound=Frozen)  # noqa: E741
@@ -47,6 +47,7 @@ class Order(Frozen):
     metrics: Path | None
     record: Path | None
     execution: Execution
+    given: Given | None
     pipeline: str
     """`execution_id`, which they cannot tell: each has a process group of its own."""
 
@@ -75,6 +76,7 @@ def launch(
     metrics: Path | None,
     record: Path | None,
     execution: Execution,
+    given: Given | None = None,
 ) -> R:
     """Makes `out` in `execution.nproc` processes on this machine, and as many on the others.
 
@@ -94,6 +96,7 @@ def launch(
         metrics=metrics,
         record=record,
         execution=execution,
+        given=given,
         pipeline=execution_id(),
     )
     result: type[R] = get_type_hints(stage.body)["return"]
@@ -263,8 +266,9 @@ def _help(folder: Path, report: Path) -> int:
     try:
         with join() as world:
             made = stage.make(
-                params, inputs, order.out, order.metrics, order.record, order.execution, world
-            )
+                params, inputs, order.out, order.metrics, order.record, order.execution, world,
+                order.given,
+            )  # fmt: skip
             if made is not None:
                 report.write_text(made.model_dump_json(), encoding="utf-8")
             world.any(False)  # nobody leaves before the output is there

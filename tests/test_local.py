@@ -1,6 +1,7 @@
 """`drawplate run` on a small DVC project: what is refused, what ran, and how it ended."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -185,10 +186,21 @@ def test_an_unknown_stage_or_folder_is_refused_with_the_choices(project, run, mo
     assert not list((project / "empty").iterdir())
 
 
-def test_of_two_runs_at_once_the_second_is_told_who_is_at_work(project, run):
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (["dvc", "repro"], []),
+        (["flows.local"], ["run", "-S", "compress.ratio=0.4", "--preset", "rl/grpo"]),
+    ],
+)
+def test_of_two_runs_at_once_the_second_is_told_who_is_at_work_and_changes_nothing(
+    project, run, monkeypatch, command, arguments
+):
+    root = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}{root / 'src'}")
     (project / "word").write_text("slow")
     first = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro"],
+        [sys.executable, "-m", *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -198,9 +210,10 @@ def test_of_two_runs_at_once_the_second_is_told_who_is_at_work(project, run):
         while not (project / "begun").exists():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        code, out, told = run()
+        code, out, told = run(*arguments)
     finally:
         end_group(first)
+    assert (project / "params.yaml").read_text() == PARAMS
     assert (code, out) == (4, [])
     assert told == [
         f"drawplate: {project} is busy: process {first.pid} runs its stages; wait for it or stop it"

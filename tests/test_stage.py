@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import pytest
@@ -23,7 +24,7 @@ from drawplate.core.errors import Exhausted, UserError
 from drawplate.core.method import Frozen
 from stages import STAGES
 from stages.quiet import guarded
-from stages.run import Execution, Run, Stage
+from stages.run import Execution, Run, Stage, command
 from tests import faults
 
 
@@ -116,6 +117,46 @@ def test_what_other_code_began_is_not_gone_on_with(tmp_path, source, monkeypatch
             replace(stage, body=fails)(Knobs(), Inputs(source=source), tmp_path / "out")
     assert works[0] == works[1]
     assert len(set(works)) == 3
+
+
+@pytest.mark.parametrize("what", ["params", "code"])
+def test_what_changes_below_dvc_while_it_runs_is_published_under_no_settings(
+    tmp_path, source, monkeypatch, what
+):
+    file, module = tmp_path / "params.yaml", tmp_path / "imported.py"
+    rest = "execution: {tracking: false}\n"
+    file.write_text(f"prepare: {{text: a}}\n{rest}")
+    module.write_text("one = 1\n")
+    monkeypatch.setitem(sys.modules, "imported", SimpleNamespace(__file__=str(module)))
+    monkeypatch.setattr("stages.run.ROOTS", (tmp_path,))
+    monkeypatch.setattr("stages.run.prepare_process", lambda: None)
+    made = [tmp_path / name for name in ("out", "metrics", "record")]
+
+    def call(edit):
+        def edits(params, inputs, run):
+            edit()
+            return body(params, inputs, run)
+
+        options = {"source": source, "params": file, **{path.name: path for path in made}}
+        arguments = [str(part) for key, path in options.items() for part in (f"--{key}", path)]
+        toy = command(replace(stage, name="prepare", body=edits), "A stage.")
+        toy.main(arguments, standalone_mode=False)
+
+    def edit():
+        if what == "params":
+            file.write_text(f"prepare: {{text: b}}\n{rest}")
+        else:
+            module.write_text("two = 2\n")
+
+    monkeypatch.setenv("DVC_STAGE", "prepare")
+    with pytest.raises(UserError, match="changed while"):
+        call(edit)
+    assert not any(path.exists() for path in made)
+    file.write_text(f"prepare: {{text: a}}\n{rest}")
+    call(lambda: file.write_text(f"prepare: {{text: a}}\nquantize: {{bits: 3}}\n{rest}"))
+    verify(tmp_path / "out")
+    monkeypatch.delenv("DVC_STAGE")
+    call(edit)
 
 
 def test_a_damaged_input_is_refused_before_any_work(tmp_path, source):

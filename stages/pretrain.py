@@ -42,10 +42,6 @@ def body(params: Pretrain, inputs: Inputs, run: Run) -> Report:
     model, tokenizer, outcome = make(params, corpus, run.work, watch, world, device_of(run))
     run.leave_to_first()
     hf.save(model.cpu(), run.folder, tokenizer)
-    if params.adopt is not None:
-        from drawplate.lineage import content_hash
-
-        run.sources["adopt"] = content_hash(params.adopt)
     if outcome is not None:
         write_history(run, "pretrain", outcome.metrics)
     return Report(
@@ -66,4 +62,5 @@ pretrain = Stage(
     "model",
     example="-S pretrain.training.steps=500",
     together=True,
+    named=lambda params: {"pretrain.adopt": params.adopt} if params.adopt else {},
 )

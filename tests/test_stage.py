@@ -159,6 +159,25 @@ def test_what_changes_below_dvc_while_it_runs_is_published_under_no_settings(
     call(edit)
 
 
+def test_an_adopted_model_is_an_input_by_its_content(tmp_path, source):
+    made, works = import_module("stages.pretrain"), []
+    adopted, out = tmp_path / "adopted", tmp_path / "out"
+
+    def fills(params, inputs, run):
+        works.append(run.work)
+        (run.folder / "data").write_text("made")
+        return Report(size=1, nested={})
+
+    for text in ("one", "two"):
+        stage(Knobs(text=text), Inputs(source=source), adopted, execution=quiet)
+        params, inputs = made.Pretrain(adopt=adopted), made.Inputs(corpus=source)
+        replace(made.pretrain, body=fills)(params, inputs, out, execution=quiet)
+        found = lineage.read(out)
+        assert found.node.parents["adopt"] == lineage.content_hash(adopted)
+        assert {lineage.content_hash(f) for f in (source, adopted)} == set(found.ancestors)
+    assert works[0] != works[1]
+
+
 def test_a_damaged_input_is_refused_before_any_work(tmp_path, source):
     os.truncate(source / "manifest.json", 60)
     with pytest.raises(Exception, match="manifest"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from drawplate.core.method import leaves
 from drawplate.model import build
 from drawplate.quantize.grid import Grid
 from drawplate.settings import override, presets, read, validate
-from flows.bench import plan, run, show
+from flows.bench import machine, plan, run, show
 from stages.run import Execution
 from tests.test_chain import corpus as corpus
 from tests.test_chain import foreign
@@ -262,6 +263,12 @@ def test_a_comparison_needs_mlflow_at_its_start_and_outlives_it(tmp_path, monkey
         run._logged("quantize", Execution()),
     ):
         pass
+
+
+def test_a_machine_that_lists_no_processors_has_one_all_the_same(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: str(self) != "/proc/cpuinfo")
+    monkeypatch.setattr(Path, "read_text", None)
+    assert machine.processor() == platform.processor()
 
 
 def test_contenders_are_compared_in_what_their_parent_has_no_figure_of():

@@ -20,7 +20,8 @@ def machine() -> dict[str, dict[str, object]]:
 
 def processor() -> str:
     """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    known = Path("/proc/cpuinfo")  # Linux has it
+    for line in known.read_text().splitlines() if known.exists() else []:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()

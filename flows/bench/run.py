@@ -85,6 +85,7 @@ def bench(
     theirs = execution.model_copy(update={"tracking": execution.tracking and not quick})
     ground = Ground(made.stage, model, corpus, out / "work", theirs)
     prepare_process()
+    ours = machine()["machine"]
     with _logged(what, execution) as log:
         for seed in range(request["seeds"]):
             if str(seed) not in record["runs"]:
@@ -92,7 +93,7 @@ def bench(
                 record["runs"][str(seed)] = figures
                 record["refused"] |= refused
                 record["environment"] = environment(torch.get_num_threads())
-                record["machine"] = machine()["machine"]
+                record["machine"] = ours
                 _write(out / "bench.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
         text = _told(out, made, record)
         shutil.rmtree(ground.home, ignore_errors=True)

@@ -37,6 +37,9 @@ SMALL = [
 ]
 
 
+FIGURES = {name: {"bits_per_byte": 1.0, "stored_bytes": 9.0} for name in ("integer", "nf4")}
+
+
 @given(VALUES)
 def test_intervals_are_students(values):
     found = show.mean(values)
@@ -338,6 +341,22 @@ def test_another_comparison_is_not_overwritten(project, corpus):
     (project / "other" / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="something else"):
         bench(project, corpus, "integer", "nf4", out=project / "other")
+
+
+def test_figures_of_other_code_are_not_shown_as_those_of_this_one(
+    project, corpus, tmp_path, monkeypatch
+):
+    method = tmp_path / "code" / "method.py"
+    method.parent.mkdir()
+    method.write_text("one = 1")
+    monkeypatch.setattr(run, "ROOTS", (method.parent,))
+    monkeypatch.setattr(run, "_one_seed", lambda *_: (FIGURES, {}))
+    text = bench(project, corpus, "integer", "nf4")
+    monkeypatch.setattr(run, "_one_seed", None)
+    assert bench(project, corpus, "integer", "nf4") == text
+    method.write_text("one = 2")
+    with pytest.raises(UserError, match="other code"):
+        bench(project, corpus, "integer", "nf4")
 
 
 def test_results_do_not_lie_in_what_a_stage_replaces(project, corpus):

@@ -22,7 +22,7 @@ from drawplate.settings import Tree, override, read, validate
 from flows.bench import show
 from flows.bench.machine import machine
 from flows.bench.plan import Plan, plan, seeded
-from stages.run import Execution, prepare_process
+from stages.run import ROOTS, Execution, code, prepare_process
 
 PARENTS = {"compress": "base", "quantize": "compressed", "finetune": "quantized"}
 PARENT = "parent"
@@ -60,7 +60,8 @@ def bench(
     What an interrupted call has finished, a seed at a time, is not computed again by the same call.
 
     Raises:
-        UserError: nothing to compare, or a folder that is missing, or `out` holds something else.
+        UserError: nothing to compare, or a folder that is missing, or `out` holds something else
+            or what other code measured.
     """
     tree = read(file or root / "params.yaml")
     made = plan(what, only, tree, quick, changes)
@@ -79,6 +80,7 @@ def bench(
         "contenders": made.contenders,
         "model": content_hash(model) if model else None,
         "corpus": content_hash(corpus),
+        "code": code(ROOTS),
     }
     record = _opened(out, json.loads(json.dumps(request)))
     # A process of its own sends what a stage logs: as long as a quick contender takes.
@@ -114,6 +116,10 @@ def _opened(out: Path, request: Tree) -> Tree:
         out.mkdir(parents=True, exist_ok=True)
         return {"request": request, "runs": {}, "refused": {}}
     record: Tree = json.loads(file.read_bytes())
+    if record["request"] | {"code": request["code"]} == request != record["request"]:
+        raise UserError(
+            f"{out} holds what other code measured; give another folder with --out, or remove it"
+        )
     if record["request"] != request:
         raise UserError(
             f"{out} holds a comparison of other models, data or settings; give another folder "

@@ -359,6 +359,17 @@ def test_figures_of_other_code_are_not_shown_as_those_of_this_one(
         bench(project, corpus, "integer", "nf4")
 
 
+def test_what_it_does_not_run_is_no_part_of_a_comparison(project, corpus, monkeypatch):
+    monkeypatch.setattr(run, "_one_seed", lambda *_: (FIGURES, {}))
+    bench(project, corpus, "integer", "nf4")
+    monkeypatch.setattr(run, "_one_seed", None)
+    (project / "params.yaml").write_text("quantize: {}\nfinetune: {steps: 7}\n")
+    bench(project, corpus, "integer", "nf4", changes=[*SMALL, "execution.nproc=2"])
+    for change in ("quantize.bits=3", "evaluate.problems=5"):
+        with pytest.raises(UserError, match="other models, data or settings"):
+            bench(project, corpus, "integer", "nf4", changes=[*SMALL, change])
+
+
 def test_results_do_not_lie_in_what_a_stage_replaces(project, corpus):
     stages = read(Path(__file__).parents[1] / "dvc.yaml")["stages"].values()
     made = {Path(out).parts[0] for stage in stages for out in stage["outs"]}

@@ -56,6 +56,10 @@ class Plan(NamedTuple):
     contenders: dict[str, Tree]
     """Name -> parameter tree; the first is what the others are compared with."""
 
+    def used(self, tree: Tree) -> Tree:
+        """The sections of a contender that are run."""
+        return {key: tree[key] for key in (self.stage, "evaluate") if key in tree}
+
 
 def plan(
     what: str,

@@ -77,7 +77,7 @@ def bench(
     request: Tree = {
         "what": what,
         "seeds": 1 if quick else seeds,
-        "contenders": made.contenders,
+        "contenders": {name: made.used(tree) for name, tree in made.contenders.items()},
         "model": content_hash(model) if model else None,
         "corpus": content_hash(corpus),
         "code": code(ROOTS),

@@ -17,6 +17,15 @@ from stages.run import Execution
 
 def check(tree: Mapping[str, Any]) -> None:
     """Raises `UserError` for the first thing that is wrong in any section."""
+    check_sections(tree)
+    for name in STAGES:
+        stage = getattr(import_module(f"stages.{name}"), name)
+        settings.validate(stage.params, tree.get(name), name)
+    settings.validate(Execution, tree.get("execution"), "execution")
+
+
+def check_sections(tree: Mapping[str, Any]) -> None:
+    """Raises `UserError` for the first section that nothing reads."""
     known = {*STAGES, "execution"}
     for section in tree:
         if section not in known:
@@ -24,10 +33,6 @@ def check(tree: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{section!r} is no section{near}; there are: {', '.join(sorted(known))}"
             )
-    for name in STAGES:
-        stage = getattr(import_module(f"stages.{name}"), name)
-        settings.validate(stage.params, tree.get(name), name)
-    settings.validate(Execution, tree.get("execution"), "execution")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,12 @@ def test_what_cannot_be_compared_is_refused_in_one_line(what, only, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("change", ["quantise.bits=3", "compress.ratio=0.9", "quantize.seed=7"])
+def test_a_change_without_effect_is_refused(change):
+    with pytest.raises(UserError, match=f"^-S {change} has no effect .*; leave it out"):
+        plan.plan("quantize.grid", (), {}, False, [change])
+
+
 @pytest.fixture
 def project(corpus, tmp_path):
     (tmp_path / "params.yaml").write_text("quantize: {}\n")
@@ -378,6 +384,15 @@ def test_results_do_not_lie_in_what_a_stage_replaces(project, corpus):
     new = {path.name for path in set(project.iterdir()) - before}
     assert new
     assert not new & made
+
+
+def test_a_model_for_pretrain_or_an_unknown_section_is_refused(project, corpus):
+    shipped = Path(__file__).parents[1] / "params.yaml"
+    with pytest.raises(UserError, match="--model has no effect"):
+        run.bench(project, "pretrain", file=shipped, model=project / "model", corpus=corpus)
+    (project / "params.yaml").write_text("quantise: {bits: 3}\n")
+    with pytest.raises(UserError, match="'quantise' is no section"):
+        bench(project, corpus)
 
 
 def test_a_missing_model_is_said_before_any_work(project, corpus):

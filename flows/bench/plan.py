@@ -78,7 +78,7 @@ def plan(
         changes: `KEY=VALUE` as `-S` gives them, the last word.
 
     Raises:
-        UserError: no such stage, key or contender, or nothing to compare.
+        UserError: no such stage, key or contender, a change without effect, or nothing to compare.
     """
     key = key_of(what)
     stage, _, rest = key.partition(".")
@@ -88,6 +88,7 @@ def plan(
             f"bench {what}: no stage {stage!r}{nearest(stage, known)}; choose from "
             f"{', '.join(known)}, or a key such as quantize.grid"
         )
+    _refuse_idle(what, stage, changes)
     if quick:
         for name in dict.fromkeys((stage, "evaluate", key)):
             owner = name.partition(".")[0]
@@ -104,6 +105,24 @@ def plan(
     if len(chosen) < 2:
         raise UserError(f"bench {what}: nothing to compare {', '.join(chosen)} with")
     return Plan(key, stage, chosen)
+
+
+def _refuse_idle(what: str, stage: str, changes: Sequence[str]) -> None:
+    # Of prepare, a budget of pretrain takes the vocabulary.
+    read = {stage, "evaluate", "execution", *(["prepare"] if stage == "pretrain" else [])}
+    for change in changes:
+        key = change.partition("=")[0]
+        section = key.partition(".")[0]
+        if section not in read:
+            raise UserError(
+                f"-S {change} has no effect on bench {what}{nearest(section, read)}, which reads "
+                f"{', '.join(sorted(read))}; leave it out"
+            )
+        if key in (*SEEDS[stage], *SEEDS["evaluate"]):
+            raise UserError(
+                f"-S {change} has no effect on bench {what}, where seeds are 0, 1, ... up to what "
+                "--seeds says; leave it out"
+            )
 
 
 def key_of(what: str) -> str:

@@ -22,6 +22,7 @@ from drawplate.settings import Tree, override, read, validate
 from flows.bench import show
 from flows.bench.machine import machine
 from flows.bench.plan import Plan, plan, seeded
+from stages.check import check_sections
 from stages.run import ROOTS, Execution, code, prepare_process
 
 PARENTS = {"compress": "base", "quantize": "compressed", "finetune": "quantized"}
@@ -60,12 +61,15 @@ def bench(
     What an interrupted call has finished, a seed at a time, is not computed again by the same call.
 
     Raises:
-        UserError: nothing to compare, or a folder that is missing, or `out` holds something else
-            or what other code measured.
+        UserError: nothing to compare, or a folder that is missing, or an option without effect, or
+            `out` holds something else or what other code measured.
     """
     tree = read(file or root / "params.yaml")
+    check_sections(tree)
     made = plan(what, only, tree, quick, changes)
     execution = validate(Execution, override(tree, changes).get("execution"), "execution")
+    if made.stage == "pretrain" and model is not None:
+        raise UserError(f"--model has no effect on bench {what}, which begins without one")
     model = None if made.stage == "pretrain" else model or root / "models" / _parent(made.stage)
     corpus = corpus or root / "data" / "corpus"
     for role, folder in (("model", model), ("corpus", corpus)):

@@ -236,6 +236,25 @@ def repro(
     return Repro(statuses, code, "\n".join(tail))
 
 
+def busy(tail: str) -> bool:
+    """Whether a `dvc repro` that ended with `tail` failed only because another one was at work."""
+    return any(
+        text in tail for text in ("is busy", "Unable to acquire lock", "is being made by process")
+    )
+
+
+def patient_repro(
+    root: Path, targets: Sequence[str], *, line: Callable[[str], None], **how: Any
+) -> Repro:
+    """`repro`, and again while only another run is in the way."""
+    while True:
+        done = repro(root, targets, line=line, **how)
+        if done.code == 0 or not busy(done.tail):
+            return done
+        line(f"{reason(done.tail)}; trying again in 10 s")
+        time.sleep(10)
+
+
 def follow(
     command: Sequence[str], root: Path, environment: Mapping[str, str], line: Callable[[str], None]
 ) -> int:

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,7 +26,16 @@ from prefect.states import Completed  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 
 from drawplate.core.errors import DrawplateError, Exhausted  # noqa: E402
-from flows.graph import STOPPED, Inputs, Repro, Status, inputs, reason, repro  # noqa: E402
+from flows.graph import (  # noqa: E402
+    STOPPED,
+    Inputs,
+    Repro,
+    Status,
+    busy,
+    inputs,
+    patient_repro,
+    reason,
+)
 from flows.handover import REF, entries, hand_on  # noqa: E402
 from flows.slots import INPUTS, device, slot  # noqa: E402
 from flows.workspace import Workspace, source, workspace  # noqa: E402
@@ -51,10 +59,7 @@ class StageFailed(DrawplateError):
             code = int(ended[2])
             signalled = not 0 < code < 128 and code != INTERRUPTED
             self.code = Exhausted.code if signalled else code
-        self.busy = any(
-            text in tail
-            for text in ("is busy", "Unable to acquire lock", "is being made by process")
-        )
+        self.busy = busy(tail)
 
 
 @flow(name="stage", flow_run_name="{request.stage}")
@@ -99,22 +104,17 @@ def _repro(
     """`dvc repro` of the stage, waiting where a run that lost its lease still holds the files."""
     options = [*options, *(["--pull"] if place.remote else [])]
     experiment = request.ref.rsplit("/", 1)[1]
-    while True:
-        done = repro(
-            place.root,
-            [request.stage],
-            single=True,
-            options=options,
-            environment={**place.environment(), "DRAWPLATE_EXECUTION": experiment},
-            line=line,
-        )
-        if done.code == 0:
-            return done
-        failure = StageFailed(request.stage, done.tail)
-        if not failure.busy:
-            raise failure
-        line(f"{failure}; trying again in 10 s")
-        time.sleep(10)
+    done = patient_repro(
+        place.root,
+        [request.stage],
+        single=True,
+        options=options,
+        environment={**place.environment(), "DRAWPLATE_EXECUTION": experiment},
+        line=line,
+    )
+    if done.code != 0:
+        raise StageFailed(request.stage, done.tail)
+    return done
 
 
 @contextmanager

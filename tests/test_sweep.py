@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -17,8 +19,9 @@ from jsonschema import Draft202012Validator
 from drawplate import settings
 from drawplate.core.errors import UserError
 from flows.cli import cli
+from flows.graph import Repro
 from flows.request import Request
-from flows.sweep import engines, space
+from flows.sweep import engines, space, trial
 from flows.sweep.plan import Spec, committed, steps
 from flows.sweep.run import Sweep, run
 from flows.sweep.trial import record, recorded
@@ -198,6 +201,22 @@ def test_what_trials_would_not_see_is_refused(project):
     (project / "below").mkdir()
     with pytest.raises(UserError, match="is not the root"):
         committed(project / "below", order)
+
+
+def test_a_trial_waits_for_another_sweep_that_makes_the_same(project, monkeypatch):
+    @contextmanager
+    def place(origin, revision):
+        yield SimpleNamespace(root=project, dvc=lambda *_: None, environment=dict)
+
+    said = iter(["drawplate: /x is being made by process 7; wait for it or stop it", "it is wrong"])
+    monkeypatch.setattr("flows.graph.repro", lambda *_, **__: Repro({}, 1, next(said)))
+    monkeypatch.setattr("flows.graph.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(trial, "workspace", place)
+    spec = Spec(
+        root=project, revision="HEAD", name="a", session="s", params="", changes={}, turns=[],
+        targets=["quantize"], metrics=[], parent=None, environment={},
+    )  # fmt: skip
+    assert trial.run(spec).error == "it is wrong"
 
 
 def test_a_text_in_dvcs_care_reaches_trials_before_dvc_lock_is_committed(project):

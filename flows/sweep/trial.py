@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.graph import reason, repro
+from flows.graph import patient_repro, reason
 from flows.handover import AUTHOR, ref_of
 from flows.sweep.plan import Outcome, Spec
 from flows.workspace import Workspace, git, workspace
@@ -40,7 +40,8 @@ def run(spec: Spec) -> Outcome:
     statuses: dict[str, str] = {}
 
     def stages(names: Sequence[str]) -> None:
-        done = repro(place.root, names, environment={"DRAWPLATE_EXECUTION": execution}, line=say)
+        how = {"DRAWPLATE_EXECUTION": execution}
+        done = patient_repro(place.root, names, environment=how, line=say)
         statuses.update({k: v for k, v in done.statuses.items() if k not in statuses})
         if done.code != 0:
             raise Failed(reason(done.tail).removeprefix("drawplate: "))

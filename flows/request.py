@@ -49,6 +49,9 @@ KEYS: dict[str, list[str]] = json.loads((Path(__file__).parent / "keys.json").re
 """Every key of params.yaml, and the methods that it chooses from, none where it names none."""
 
 
+_NEW = " (a new one? run `make docs`)"  # which writes keys.json
+
+
 def known(key: str, values: Iterable[str]) -> None:
     """Refuses a key that params.yaml cannot have, and a method that nobody has written.
 
@@ -61,7 +64,8 @@ def known(key: str, values: Iterable[str]) -> None:
     # Of a mapping with keys of anybody's choice, such as globs of layers.
     free = next((name for name in KEYS if name.endswith(".*") and form.startswith(name[:-1])), form)
     if form not in KEYS and free not in KEYS:
-        raise UserError(f"{key} is no key of params.yaml{settings.nearest(form, KEYS)}")
+        near = settings.nearest(form, KEYS)
+        raise UserError(f"{key} is no key of params.yaml{near}{_NEW}")
     methods = KEYS.get(form)
     if not methods:
         return
@@ -69,7 +73,8 @@ def known(key: str, values: Iterable[str]) -> None:
         chosen = settings.parse(value, key)
         if chosen not in methods:
             near = settings.nearest(str(chosen), methods)
-            raise UserError(f"{key}: no method {chosen!r}{near}; choose from: {', '.join(methods)}")
+            names = ", ".join(methods)
+            raise UserError(f"{key}: no method {chosen!r}{near}; choose from: {names}{_NEW}")
 
 
 def assignments(several: bool = False) -> dict[str, object]:

@@ -20,7 +20,7 @@ from drawplate import settings
 from drawplate.core.errors import UserError
 from flows.cli import cli
 from flows.graph import Repro
-from flows.request import Request
+from flows.request import Request, known
 from flows.sweep import engines, space, trial
 from flows.sweep.plan import Spec, committed, steps
 from flows.sweep.run import Sweep, run
@@ -303,6 +303,14 @@ def test_a_form_is_refused_before_a_flow_begins():
     ):
         with pytest.raises(ValueError, match="validation error"):
             Sweep.model_validate(bad)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [("compress.method.name", "no method 'mine'"), ("compress.mine", "is no key")]
+)
+def test_who_wrote_a_method_is_told_how_to_make_it_known(key, said):
+    with pytest.raises(UserError, match=f"{said}.*make docs"):
+        known(key, ["mine"])
 
 
 SCHEMA = Draft202012Validator(Sweep.model_json_schema())

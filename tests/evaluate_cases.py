@@ -54,9 +54,9 @@ def corpus(folder: Path) -> Corpus:
     return Corpus(folder)
 
 
-def store(folder: Path, seed: int, ending: float) -> Path:
+def store(folder: Path, seed: int, ending: float, context: int = 64) -> Path:
     """A published random Llama for this vocabulary; `ending`: how large the end token is."""
-    model = tiny.model("llama", seed, VOCABULARY)
+    model = tiny.model("llama", seed, VOCABULARY, context)
     with torch.no_grad():
         table = model.get_input_embeddings().weight  # the row of the padding token starts as zeros
         table[0] = ending * table[3]

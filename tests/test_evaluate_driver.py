@@ -64,6 +64,28 @@ def test_figures_are_those_of_the_parts(world):
     assert sum(scores.problems for scores in first.families.values()) == 8
 
 
+def test_a_model_is_read_in_its_own_window_whatever_its_parent(world, tmp_path):
+    folder, _ = world
+    for name, seed, context in (("long", 1, 64), ("short", 0, 32), ("other", 0, 64)):
+        store(tmp_path / name, seed, 1.0, context)
+    params = SMALL.model_copy(
+        update={"windows": SMALL.windows.model_copy(update={"window": 512}), "problems": 2}
+    )
+
+    def row(parent):
+        models = [Model("parent", tmp_path / parent), Model("long", tmp_path / "long", "parent")]
+        found = evaluate(models, corpus_of(folder), judge, params)
+        (pair,) = found.report.pairs
+        assert [pair.comparisons[0].parent, pair.comparisons[0].child] == [
+            pytest.approx(one.quality.bits_per_byte.value) for one in found.report.rows
+        ]
+        return [one.quality.window for one in found.report.rows], found.losses["long"].nats
+
+    (windows, under), (same, beside) = row("short"), row("other")
+    assert (windows, same) == ([32, 64], [64, 64])
+    assert under.tolist() == beside.tolist()
+
+
 def test_problems_are_spread_evenly_and_scored_by_their_number_in_the_corpus(world):
     folder, _ = world
     asked = []

@@ -116,6 +116,16 @@ def test_nothing_invisible_is_written(html):
     html.encode("utf-8")
 
 
+def test_the_windows_named_are_those_that_were_used(tmp_path):
+    windows = SMALL.windows.model_copy(update={"window": 512})
+    found = run(tmp_path, SMALL.model_copy(update={"windows": windows, "problems": 2}))
+    shown = page(found, Story())
+    assert "(base: 64, child: 64 tokens)" in shown
+    assert "512 tokens" not in shown
+    rows = found.report.model_dump(mode="json")["rows"]
+    assert [row["quality"]["window"] for row in rows] == [64, 64]
+
+
 def test_the_page_asks_for_nothing_from_outside(html):
     for tag, given in Page(html).elements:
         for name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):

@@ -134,6 +134,10 @@ def evaluate(
 ) -> Evaluation:
     """Measures each model and compares it with its parent.
 
+    Losses are each model's own, in the longest window that it has; where a child's is longer than
+    its parent's, that too is part of what the comparison finds. Only the divergence is taken in the
+    shorter of both.
+
     Args:
         models: parents before children.
         corpus: held-out text and problems, and their tokenizer.
@@ -204,6 +208,7 @@ def evaluate(
 @torch.no_grad()
 def _run(model: PreTrainedModel, parent: PreTrainedModel | None, given: _Inputs) -> _Found:
     text = given.documents, given.sizes, given.corpus.end, given.params.windows
+    most = fit(given.params.windows, model).window
     with ExitStack() as stack:
         stack.enter_context(materialized(model))
         if parent is None:
@@ -211,7 +216,8 @@ def _run(model: PreTrainedModel, parent: PreTrainedModel | None, given: _Inputs)
         else:
             stack.enter_context(materialized(parent))
             quality, divergence = loss_and_divergence(model, parent, *text, given.params.runtime)
-        most = fit(given.params.windows, model).window
+            if fit(given.params.windows, model, parent).window < most:
+                quality = loss(model, *text, given.params.runtime)
         stack.enter_context(running(given.params.runtime, model, given.opening(most)))
         drawn = given.ask(model, given.params.samples, given.params.temperature)
         return _Found(quality, divergence, given.ask(model, 1, 0.0), drawn)
@@ -248,6 +254,7 @@ def _row(one: Model, model: PreTrainedModel, found: _Found, given: _Inputs) -> R
             bits_per_byte=bootstrap(*bits, params.chance, one.name, "bits_per_byte"),
             nats_per_token=text.nats_per_token,
             perplexity=text.perplexity,
+            window=fit(params.windows, model).window,
         ),
         divergence=None if found.divergence is None else found.divergence.per_token,
         tasks=scores(np.ones(len(families), dtype=bool)),

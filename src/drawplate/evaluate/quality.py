@@ -140,7 +140,8 @@ def loss_and_divergence(
 ) -> tuple[Loss, Divergence]:
     """`loss` of the model and, from the same pass, how far it predicts from its parent.
 
-    KL = sum_v p(v) (ln p(v) - ln q(v)) with p the parent's and q the model's prediction.
+    KL = sum_v p(v) (ln p(v) - ln q(v)) with p the parent's and q the model's prediction. Both are
+    taken in a window that both models have.
 
     Raises:
         UserError: as `loss`, or the two do not share a vocabulary.

@@ -71,6 +71,8 @@ class Quality(Frozen):
     """Documents resampled."""
     nats_per_token: float
     perplexity: float
+    window: int
+    """Most tokens that a prediction was made from: as asked for, cut to the model's context."""
 
 
 class Row(Frozen):

@@ -273,3 +273,37 @@ def test_a_decoder_of_another_kind_is_refused():
     made.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(UserError, match="linear_attention keep more than keys and values"):
         decoder(made, 8)
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_a_decoder_whose_state_no_cache_holds_is_refused(length):
+    from transformers import AutoModelForCausalLM, RwkvConfig
+
+    from drawplate.core.errors import UserError
+    from drawplate.model.sample import sample
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}
+    model = AutoModelForCausalLM.from_config(RwkvConfig(**sizes)).eval()
+    with pytest.raises(UserError, match="RwkvForCausalLM is not possible"):
+        sample(model, [[5] * length], max_new=4, end=-1)
+
+
+def test_layers_may_share_keys_and_values():
+    from transformers import AutoModelForCausalLM, Gemma3nTextConfig
+
+    from drawplate.model.sample import sample
+
+    config = Gemma3nTextConfig(
+        vocab_size=96, vocab_size_per_layer_input=96, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=8, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = [[5], [5, 6, 7, 8, 9, 10, 11]]
+    drawn = sample(model, prompts, max_new=4, end=-1)
+    for prompt, tokens, logprobs in zip(prompts, drawn.tokens, drawn.logprobs, strict=True):
+        with torch.no_grad():
+            full = model(torch.tensor([prompt + tokens]), use_cache=False).logits.log_softmax(-1)
+        wanted = full[0, len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), wanted, atol=1e-5, rtol=1e-5)

@@ -72,22 +72,31 @@ class General:
             "sliding_attention",
         }
         if kinds:
-            raise UserError(
-                f"sampling from {type(model).__name__} is not possible: layers of the kind "
-                f"{', '.join(sorted(kinds))} keep more than keys and values; choose a model whose "
-                "layers are all full_attention or sliding_attention"
-            )
+            raise _unfit(model, f"the kind {', '.join(sorted(kinds))}")
         self.model, self.device = model, model.device
         self.layers = model.config.num_hidden_layers
+        shared = getattr(model.config, "num_kv_shared_layers", None) or 0
+        self.caching = self.layers - shared
 
     def read(self, tokens: Tensor) -> Layers:
-        """See `Decoder`. Padding on the right needs no mask: a causal model looks to the left."""
+        """See `Decoder`. Padding on the right needs no mask: a causal model looks to the left.
+
+        Raises:
+            UserError: the model keeps something else than keys and values.
+        """
         cache = DynamicCache()
         self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        stored = [layer.get_seq_length() for layer in cache.layers]
+        if stored != [tokens.shape[1]] * self.caching:
+            raise _unfit(self.model, "other kinds")
         return {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
 
     def step(self, token: Tensor, slots: Slots) -> Tensor:
-        """See `Decoder`."""
+        """See `Decoder`.
+
+        Raises:
+            UserError: the model keeps something else than keys and values.
+        """
         window = slice(slots.base, slots.cursor + 1)
         owned = slots.owned()[:, window]
         cache = Cache(layers=[_Layer(slots, index) for index in range(self.layers)])
@@ -98,4 +107,13 @@ class General:
             past_key_values=cache,
             use_cache=True,
         ).logits
+        if slots.layers != self.caching:  # prompts of one token are never read
+            raise _unfit(self.model, "other kinds")
         return logits[:, -1]
+
+
+def _unfit(model: PreTrainedModel, what: str) -> UserError:
+    return UserError(
+        f"sampling from {type(model).__name__} is not possible: layers of {what} keep more than "
+        "keys and values; choose a model whose layers are all full_attention or sliding_attention"
+    )

@@ -63,6 +63,11 @@ class Slots:
         """How many places are taken."""
         return len(self.start)
 
+    @property
+    def layers(self) -> int:
+        """How many layers have stored something."""
+        return len(self._blocks)
+
     def lengths(self) -> Tensor:
         """Tokens already stored of each row, [N]: the position of the next one."""
         return self.cursor - self.start

@@ -10,7 +10,7 @@ from drawplate import edits
 from drawplate.core.artifact import publish, tree_hash
 from drawplate.core.errors import UserError
 from drawplate.core.hf import load, save
-from drawplate.evaluate.cost import macs, stored_bytes
+from drawplate.evaluate.cost import Probe, macs, stored_bytes
 from drawplate.evaluate.driver import Model, evaluate
 from drawplate.evaluate.interval import Chance
 from drawplate.evaluate.quality import Windows, loss, loss_and_divergence
@@ -268,6 +268,22 @@ def test_no_more_is_asked_than_there_is(world):
         Evaluate(passes=(1, 9))
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"probe": Probe()}, r"probe\.prompt=128 and evaluate\.probe\.new=64 .* 191, base has 64"),
+        ({"max_new": 80}, "max_new=80 need a context of .*, the model has 64"),
+    ],
+)
+def test_a_context_that_is_too_short_is_told_before_anything_is_read(
+    world, monkeypatch, other, message
+):
+    folder, _ = world
+    monkeypatch.setattr("drawplate.evaluate.driver.loss", lambda *_: pytest.fail("read"))
+    with pytest.raises(UserError, match=message):
+        again(folder, SMALL.model_copy(update=other))
+
+
 def test_compressed_models_are_read_as_they_are_stored(world, tmp_path):
     """Factors of full rank predict the same; what they cost is what is stored and computed."""
     import torch
@@ -304,8 +320,6 @@ def test_losses_are_kept_by_document(world):
 
 @pytest.mark.slow
 def test_memory_and_speed_are_reported_apart(tmp_path):
-    from drawplate.evaluate.cost import Probe
-
     params = SMALL.model_copy(update={"probe": Probe(prompt=8, new=4, repeats=1)})
     store(tmp_path / "base", 0, 1.0)
     opened = corpus(tmp_path / "corpus")

@@ -35,6 +35,7 @@ from drawplate.evaluate.runtime import opening, running
 from drawplate.evaluate.study import Cell, study
 from drawplate.evaluate.tasks import Answers, Score, answer, pass_at, summarise
 from drawplate.model.filter import TokenFilter
+from drawplate.model.sample import check_context
 
 
 class Model(NamedTuple):
@@ -149,7 +150,8 @@ def evaluate(
         watch: told after each model, with its figures.
 
     Raises:
-        UserError: models are out of order or share a name, or more is asked than the corpus holds.
+        UserError: models are out of order or share a name, more is asked than the corpus holds, or
+            a model's context is too short for the problems or for the probe.
         NotFinite: a model gives NaN or infinity.
     """
     _check_order(models)
@@ -161,6 +163,7 @@ def evaluate(
     unfit: dict[str, str] = {}
     for number, (name, folder, origin) in enumerate(models):
         model = load(folder).to(torch.device(device))
+        _check_room(name, model, given)
         reason = params.runtime.unfit(model)
         if reason is not None:
             unfit[name] = reason
@@ -304,6 +307,17 @@ def _evenly(what: str, wanted: int, total: int) -> list[int]:
             f"evaluate.{what}: {wanted} wanted, the corpus holds {total}; ask for fewer"
         )
     return [i * total // wanted for i in range(wanted)]
+
+
+def _check_room(name: str, model: PreTrainedModel, given: _Inputs) -> None:
+    """Before anything is read: the probe would otherwise fail at the very end."""
+    probe, context = given.params.probe, getattr(model.config, "max_position_embeddings", None)
+    check_context(model, given.prompts, [given.params.max_new] * len(given.prompts))
+    if probe and context is not None and probe.prompt + probe.new - 1 > context:
+        raise UserError(
+            f"evaluate.probe.prompt={probe.prompt} and evaluate.probe.new={probe.new} need a "
+            f"context of {probe.prompt + probe.new - 1}, {name} has {context}; shorten one of them"
+        )
 
 
 def _check_order(models: Sequence[Model]) -> None:

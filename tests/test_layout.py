@@ -1,6 +1,7 @@
 """Where things stand: file, name, class, oracle and imports of every method line up."""
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import drawplate
+from drawplate.core.errors import UserError
 from drawplate.core.method import leaves
 from drawplate.edits import Edit
 from flows.catalogue import axes, catalogue, keys, page, settings
@@ -50,6 +52,26 @@ def imports(file):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\n", "one subclass of Axis, found none; put helpers into a file whose name begins"),
+        ("class Near(Axis): ...\nclass Far(Axis): ...\n", "found Near, Far"),
+        ("class Near(Axis): name: str = 'far'\n", "name of Near is 'far', .* file, 'near'"),
+    ],
+    ids=["none", "two", "other"],
+)
+def test_a_file_that_is_no_leaf_is_named(request, tmp_path, monkeypatch, text, message):
+    package = f"axis_{request.node.callspec.id}"
+    (tmp_path / package).mkdir()
+    own = "from drawplate.core.method import Method\nclass Axis(Method): ...\n"
+    (tmp_path / package / "__init__.py").write_text(own)
+    (tmp_path / package / "near.py").write_text(f"from {package} import Axis\n{text}")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=rf"near\.py: .*{message}"):
+        leaves(importlib.import_module(package).Axis)
 
 
 @pytest.mark.parametrize(("axis", "name", "leaf"), LEAVES)

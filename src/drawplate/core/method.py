@@ -15,6 +15,8 @@ from typing import Any, ClassVar, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
+from drawplate.core.errors import UserError
+
 
 class Frozen(BaseModel):
     """A value: immutable, hashable, no unknown keys, numbers finite."""
@@ -50,19 +52,35 @@ def _leaves(axis: type[Method]) -> dict[str, type[Method]]:
         if file.name.startswith("_"):
             continue
         module = import_module(f"{package.__name__}.{file.name}")
-        (leaf,) = (
+        own = [
             thing
             for thing in vars(module).values()
             if isinstance(thing, type)
             and issubclass(thing, axis)
             and thing.__module__ == module.__name__
-        )
-        found[file.name] = leaf
+        ]
+        if len(own) != 1:
+            names = ", ".join(thing.__name__ for thing in own) or "none"
+            raise UserError(
+                f"{module.__file__}: expected one subclass of {axis.__name__}, found {names}; put "
+                "helpers into a file whose name begins with _"
+            )
+        found[file.name] = own[0]
+        name = own[0].model_fields["name"].default
+        if name != file.name:
+            raise UserError(
+                f"{module.__file__}: the name of {own[0].__name__} is {name!r}, "
+                f"it must be that of the file, {file.name!r}"
+            )
     return found
 
 
 def leaves(axis: type[M]) -> dict[str, type[M]]:
-    """Every leaf of `axis` by name: one public file, one class; import errors propagate."""
+    """Every leaf of `axis` by name: one public file, one class; import errors propagate.
+
+    Raises:
+        UserError: a file holds no leaf or several, or one of another name.
+    """
     return cast("dict[str, type[M]]", _leaves(axis))
 
 

@@ -1,5 +1,7 @@
 """The block-by-block driver: statistics, propagation, resume."""
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -12,6 +14,8 @@ from drawplate.core.blocks import Outcome, walk
 from drawplate.core.errors import NotFinite, UserError
 from drawplate.core.stats import PARTS, Gather
 from drawplate.edits.low_rank import LowRank
+from drawplate.edits.quantized import QuantizedLinear
+from drawplate.quantize.driver import Quantize, quantize
 
 
 class Row(BaseModel):
@@ -166,6 +170,44 @@ def test_the_head_is_visited_with_its_own_inputs(kind):
     rows = x[0].reshape(-1, x[0].shape[-1]).double()
     torch.testing.assert_close(stats.gram.double(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
     assert model.get_submodule(path) is model.get_output_embeddings()
+
+
+def test_the_head_is_visited_with_packed_layers_decoded_once_at_equal_bits(monkeypatch):
+    model, tokens = tiny.model("llama_untied"), tiny.tokens()
+    quantize(model, tokens, Quantize(group=16, vocabulary=None), batch=4)
+    seen, calls = [], []
+    decode = QuantizedLinear.matrix
+
+    def visit(number, sites):
+        if number == -1:
+            seen.extend(site.stats.gram for site in sites)
+        return Outcome([], [])
+
+    def counted(module):
+        calls.append(module)
+        return decode(module)
+
+    monkeypatch.setattr(QuantizedLinear, "matrix", counted)
+    walk(model, tokens, PARTS, visit, Row, head=True, batch=2)
+    most = max(calls.count(module) for module in calls)
+    assert most == 3  # here, with its block, and the first block also for its kind of output
+    with monkeypatch.context() as patched:
+        patched.setattr(edits, "materialized", lambda _: nullcontext())
+        walk(model, tokens, PARTS, visit, Row, head=True, batch=2)
+    assert len(calls) > 10
+    assert torch.equal(*seen)
+
+
+def test_nan_behind_the_last_block_is_named():
+    model = tiny.model("llama_untied")
+
+    def visit(number, sites):
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+        return Outcome([], [])
+
+    with pytest.raises(NotFinite, match="lm_head: its output holds NaN"):
+        walk(model, tiny.tokens(), PARTS, visit, Row, head=True)
 
 
 def test_sums_and_errors_by_slabs_are_those_of_whole_matrices(monkeypatch):

@@ -246,9 +246,12 @@ def _visit_head(
         return done
     module = cast("Any", model).get_output_embeddings()
     (path,) = (path for path, other in model.named_modules() if other is module)
-    with swift(model), _listening({path: module}, needs) as records:
+    # `swift` first: what is packed keeps the product, hence the bits, that it has when not decoded.
+    with swift(model), edits.materialized(model), _listening({path: module}, needs) as records:
         for chunk in torch.split(tokens, batch):
-            model(input_ids=chunk.to(edits.placement(model)["device"]), use_cache=False)
+            given = chunk.to(edits.placement(model)["device"])
+            if not model(input_ids=given, use_cache=False).logits.isfinite().all():
+                raise NotFinite(f"{path}: its output holds NaN or infinity on the calibration rows")
     outcome = visit(-1, [Site(path, module, records()[path])])
     _apply(model, outcome, work, number)
     return outcome.rows

@@ -22,6 +22,7 @@ from drawplate.core.method import OneOf, leaves
 from drawplate.core.rotation import Hadamard, Kronecker, factors, walsh
 from drawplate.core.stats import Stats
 from drawplate.edits import sparse
+from drawplate.edits._rotated import RotatedLinear
 from drawplate.quantize.driver import Quantize, quantize
 from drawplate.quantize.grid import Grid
 from drawplate.quantize.rotate import Rotate
@@ -319,6 +320,20 @@ def test_the_stand_in_is_its_dense_matrix(rotate, dtype):
         assert torch.equal(logits(model), inside)
     with edits.materialized(model, whole=True):
         torch.testing.assert_close(logits(model), inside, **near)
+
+
+@turning
+def test_materialized_keeps_the_unpacked_turns(rotate, monkeypatch):
+    model = tiny.model()
+    quantize(model, tiny.tokens(), Quantize(rotate=rotate.model_dump()))
+    before, calls, plain = logits(model), [], RotatedLinear.rotation
+    monkeypatch.setattr(RotatedLinear, "rotation", lambda m: calls.append(m) or plain(m))
+    with edits.materialized(model):
+        for _ in range(3):
+            assert torch.equal(logits(model), before)
+    assert len(calls) == len(set(calls)) > 0
+    logits(model)
+    assert len(calls) == 2 * len(set(calls))
 
 
 @pytest.mark.parametrize("grid", list(leaves(Grid)))

@@ -41,7 +41,7 @@ class Hadamard(NamedTuple):
         power = 1 << (x.shape[-1].bit_length() - 1)
         start = (x.shape[-1] - power) * number
         size = 1 << (power.bit_length() // 2)
-        one, other = (walsh(each).to(x) for each in (size, power // size))
+        one, other = (walsh(each, x.dtype, x.device) for each in (size, power // size))
         mixed = kron(x[..., start : start + power], one, other) / power**0.5
         return torch.cat([x[..., :start], mixed, x[..., start + power :]], -1)
 
@@ -124,10 +124,12 @@ class Rotation(NamedTuple):
 
 
 @cache
-def walsh(size: int) -> Tensor:
-    """Sylvester's matrix of ones and minus ones, [size, size], float32; size a power of two."""
+def walsh(
+    size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    """Sylvester's matrix of ones and minus ones, [size, size]; size a power of two."""
     with torch.inference_mode(False):
-        matrix = torch.ones(1, 1)
+        matrix = torch.ones(1, 1, dtype=dtype, device=device)
         while len(matrix) < size:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
         return matrix

@@ -74,18 +74,25 @@ class Packed(StandIn):
 def materialized(model: nn.Module, whole: bool = False) -> Iterator[None]:
     """Inside, stand-ins keep their matrix: faster, at the memory of a dense model.
 
-    Packed ones give the same bits as outside. With `whole`, so do factors and adapters, each
-    replaced by the one matrix that they amount to: the same up to rounding. Changes of what is
-    stored are not seen, and gradients do not reach it: where they are wanted, stand-ins that are
-    trained stay as they are.
+    Packed ones give the same bits as outside, and those between rotations keep these unpacked. With
+    `whole`, so do factors and adapters, each replaced by the one matrix that they amount to: the
+    same up to rounding. Changes of what is stored are not seen, and gradients do not reach it:
+    where they are wanted, stand-ins that are trained stay as they are.
     """
+    from drawplate.edits._rotated import RotatedLinear
+
+    rotated = [module for module in model.modules() if isinstance(module, RotatedLinear)]
     every = _outermost(model, StandIn if whole else Packed)  # type: ignore[type-abstract]
     chosen = [module for module in every if not trained(module)]
     try:
         for module in chosen:
             module.dense = module.matrix().detach()
+        for module in rotated:
+            module.turns = module.rotation()
         yield
     finally:
+        for module in rotated:
+            module.turns = None
         for module in chosen:
             module.dense = None
 

@@ -23,6 +23,9 @@ class Sides(Frozen):
 class RotatedLinear(StandIn):
     """`core` [O, I] has no bias of its own; the turns are stored as signs or as float32 factors."""
 
+    turns: Rotation | None = None
+    """The stored turns unpacked, inside `materialized`."""
+
     def __init__(self, core: StandIn, sides: Sides):
         super().__init__()
         self.out_features, self.in_features = core.out_features, core.in_features
@@ -67,7 +70,7 @@ class RotatedLinear(StandIn):
 
     def compute(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]; turns run in float32 at least."""
-        rotation = self.rotation()
+        rotation = self.turns or self.rotation()
         y = rotation.leave(self.core(rotation.enter(x).to(x.dtype))).to(x.dtype)
         return y if self.bias is None else y + self.bias
 

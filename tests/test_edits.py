@@ -254,7 +254,7 @@ def test_a_quantized_layer_decodes_and_packs(bits, group):
     assert module.codes.numel() == packed_bytes(bits, shape[0] * shape[1])
 
 
-def test_masks_outlive_quantization_and_cost_one_bit():
+def test_masks_outlive_quantization_and_cost_one_bit(monkeypatch):
     model = tiny.model()
     path = next(iter(edits.linears(model)))
     sparsify(model, path)
@@ -264,6 +264,11 @@ def test_masks_outlive_quantization_and_cost_one_bit():
     assert torch.equal(module.keep(), keep)
     assert not module.matrix()[~keep].any()
     assert module.codes.numel() == packed_bytes(4, int(keep.sum()))
+    kind = type(module)
+    unpacked, plain = [], kind.keep
+    monkeypatch.setattr(kind, "keep", lambda m: unpacked.append(m) or plain(m))
+    module.matrix()
+    assert unpacked == [module]
 
 
 def test_materialized_changes_no_bit_and_leaves_nothing():

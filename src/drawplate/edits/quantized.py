@@ -47,13 +47,14 @@ class QuantizedLinear(Packed):
     def matrix(self) -> Tensor:
         """[O, I] in the dtype of the scales; weights outside the mask are exactly zero."""
         codes = unpack(self.codes, self.bits, self.stored)
-        if self.mask is None:
+        keep = None if self.mask is None else self.keep()
+        if keep is None:
             codes = codes.view(self.out_features, -1)
         else:
-            codes = self.mask.new_zeros(self.keep().shape).masked_scatter(self.keep(), codes)
+            codes = codes.new_zeros(keep.shape).masked_scatter(keep, codes)
         dense = decode(self.levels, codes, self.scale, self.zero, self.group)
         dense = dense[:, : self.in_features]
-        return (dense if self.mask is None else dense * self.keep()).to(self.scale.dtype)
+        return (dense if keep is None else dense * keep).to(self.scale.dtype)
 
     def keep(self) -> Tensor:
         """Bool [O, I]: where weights survive."""

@@ -136,10 +136,18 @@ def test_choosing_another_method_drops_the_old_ones_parameters():
     }
 
 
-@pytest.mark.parametrize("wrong", ["a.b", "=1", "a.b.c=1", "a.c.7=1", "a.c.x=1"])
+@pytest.mark.parametrize(
+    "wrong", ["a.b", "=1", "a.b.c=1", "a.c.7=1", "a.c.x=1", "a.c.²=1", "a.c.².x=1"]
+)
 def test_assignments_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UserError):
         settings.override({"a": {"b": 1, "c": [1]}}, [wrong])
+
+
+@pytest.mark.parametrize("deeper", ["", ".name"])
+def test_an_empty_list_is_given_as_a_whole(deeper):
+    with pytest.raises(UserError, match=r"the list is empty; .* as in -S 'a\.c=\[\.\.\.\]'"):
+        settings.override({"a": {"c": []}}, [f"a.c.0{deeper}=x"])
 
 
 names = st.text("abcdef", min_size=1, max_size=3)

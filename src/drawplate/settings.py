@@ -98,7 +98,12 @@ def _step(here: Any, part: str, key: str, make: bool) -> Any:
 
 
 def _index(here: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(here):
+    if not here:
+        whole = key.removesuffix(f".{part}")
+        raise UserError(
+            f"-S {key}: the list is empty; give the whole list, as in -S '{whole}=[...]'"
+        )
+    if not (part.isascii() and part.isdecimal()) or int(part) >= len(here):
         raise UserError(f"-S {key}: expected a position from 0 to {len(here) - 1}, got {part!r}")
     return int(part)
 

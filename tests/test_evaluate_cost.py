@@ -82,6 +82,15 @@ def test_stored_bytes_of_several_files_add_up(tmp_path):
     assert stored_bytes(tmp_path) == sum(p.numel() * 4 for p in model.parameters())
 
 
+def test_one_file_beside_an_index_is_what_counts_and_what_is_loaded(tmp_path):
+    tiny.model("llama_untied", 1).save_pretrained(tmp_path, max_shard_size="20kB")
+    tiny.model("llama_untied", 2).bfloat16().save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", tmp_path)
+    loaded = load(tmp_path)
+    assert stored_bytes(tmp_path) == sum(p.numel() * 2 for p in loaded.parameters())
+    assert torch.equal(loaded.lm_head.weight, load(tmp_path / "other").lm_head.weight)
+
+
 def test_other_files_beside_the_model_are_not_the_model(tmp_path):
     save(tiny.model(), tmp_path)
     own = stored_bytes(tmp_path)

@@ -228,7 +228,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if index.is_file():
+    if index.is_file() and not (folder / names[0]).is_file():  # transformers prefers the one file
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in names:
         if Path(name).name != name:

@@ -126,6 +126,25 @@ def test_the_windows_named_are_those_that_were_used(tmp_path):
     assert [row["quality"]["window"] for row in rows] == [64, 64]
 
 
+def test_of_one_document_no_range_is_shown(tmp_path):
+    found = run(tmp_path, SMALL.model_copy(update={"documents": 1}))
+    figures = found.report.metrics()
+    assert not {"base.bits_per_byte_low", "child.bits_per_byte_high"} & set(figures)
+    assert {"base.bits_per_byte", "base.length_low"} <= set(figures)
+    assert found.report.pairs[0].comparisons[0].verdict == "within noise"
+    (tmp_path / "report").mkdir()
+    write(found, Story(), tmp_path / "report")
+    rows = list(csv.DictReader((tmp_path / "report/comparisons.csv").open()))
+    assert [row["metric"] for row in rows if not row["low"] and not row["high"]] == [
+        "bits_per_byte"
+    ]
+    ranges = Page(page(found, Story())).text("span")
+    value = words.fixed(figures["base.bits_per_byte"])
+    assert "–" in ranges
+    assert words.span(words.fixed, *[figures["base.bits_per_byte"]] * 2) not in ranges
+    assert value in ranges
+
+
 def test_the_page_asks_for_nothing_from_outside(html):
     for tag, given in Page(html).elements:
         for name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):

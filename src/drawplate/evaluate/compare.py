@@ -140,7 +140,7 @@ def compare_ratios(
     _same_items(metric, parent, child)
     change = child - parent
     ratios = resampled(change, weight, chance, *name)
-    difference = percentiles(ratios, float(change.sum() / weight.sum()), chance)
+    difference = percentiles(ratios, float(change.sum() / weight.sum()), chance, len(change))
     beyond = 1 + min((ratios <= 0).sum(), (ratios >= 0).sum())
     p = float(min(1.0, max(2 * beyond / (1 + len(ratios)), 2.0 ** (1 - len(change)))))
     return Comparison(

@@ -30,12 +30,14 @@ class Interval(Frozen):
     value: float
     low: float
     high: float
-    how: Literal["wilson", "bootstrap", "exact"]
-    """How the range was made: Wilson's score, resampled items, or exact binomial tails."""
+    how: Literal["wilson", "bootstrap", "exact", "none"]
+    """How the range was made: Wilson's score, resampled items, or exact binomial tails; none of one
+    item, which does not tell how far others lie from it: `low` and `high` repeat the value."""
 
     def figures(self, name: str) -> dict[str, float]:
-        """The three figures under flat names."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+        """The figures under flat names: the value, and the ends of the range where there is one."""
+        ends = {} if self.how == "none" else {f"{name}_low": self.low, f"{name}_high": self.high}
+        return {name: self.value, **ends}
 
 
 class Chance(Frozen):
@@ -83,8 +85,10 @@ def resampled(numerator: Values, denominator: Values, chance: Chance, *name: int
     return found
 
 
-def percentiles(ratios: Floats, value: float, chance: Chance) -> Interval:
+def percentiles(ratios: Floats, value: float, chance: Chance, items: int) -> Interval:
     """The middle `level` of resampled figures [R] as the interval of `value`. Efron 1979."""
+    if items == 1:
+        return Interval(value=value, low=value, high=value, how="none")
     tail = (1 - chance.level) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(value=value, low=float(low), high=float(high), how="bootstrap")
@@ -96,7 +100,8 @@ def bootstrap(numerator: Values, denominator: Values, chance: Chance, *name: int
     With a denominator of ones this is a mean.
     """
     ratios = resampled(numerator, denominator, chance, *name)
-    return percentiles(ratios, float(numerator.sum() / denominator.sum()), chance)
+    value = float(numerator.sum() / denominator.sum())
+    return percentiles(ratios, value, chance, len(numerator))
 
 
 def share(values: Values, answers: int, chance: Chance) -> Interval:

@@ -97,6 +97,7 @@ def _tasks(report: Report) -> Iterator[dict[str, Any]]:
 def _comparisons(report: Report) -> Iterator[dict[str, Any]]:
     for pair in report.pairs:
         for one in pair.comparisons:
+            ends = one.difference.figures("")
             yield {
                 "parent": pair.parent,
                 "child": pair.child,
@@ -104,8 +105,8 @@ def _comparisons(report: Report) -> Iterator[dict[str, Any]]:
                 "parent_value": one.parent,
                 "child_value": one.child,
                 "difference": one.difference.value,
-                "low": one.difference.low,
-                "high": one.difference.high,
+                "low": ends.get("_low"),
+                "high": ends.get("_high"),
                 "p": one.p,
                 "adjusted_p": one.adjusted,
                 "verdict": one.verdict,

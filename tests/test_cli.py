@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from flows.cli import cli
@@ -86,6 +87,25 @@ def test_user_errors_are_one_line_and_exit_2(arguments, says, tmp_path, monkeypa
     assert text.startswith("drawplate: ")
     assert says in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nframe"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_memory_that_ran_out_is_one_line_and_exit_4(error, capsys):
+    def entry():
+        raise error
+
+    assert guarded(entry) == 4
+    said = capsys.readouterr().err
+    assert said.startswith("drawplate: out of memory: ")
+    assert len(said.splitlines()) == 1
 
 
 def test_a_corpus_that_is_plain_text_is_one_line_where_one_of_prepare_is_needed(

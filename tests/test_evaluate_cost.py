@@ -120,6 +120,15 @@ def test_a_process_that_fails_is_an_error_of_its_kind(tmp_path, monkeypatch, cod
     assert type(found.value) is kind
 
 
+def test_a_process_that_is_killed_names_the_signal(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho something else >&2\nkill -9 $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(DrawplateError, match=r"was ended by SIGKILL$"):
+        measure(tmp_path, SMALL)
+
+
 @pytest.mark.slow
 def test_a_probe_that_does_not_fit_the_model_is_the_users_error(tmp_path):
     save(tiny.model(), tmp_path)

@@ -45,6 +45,17 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, Exception) and "No space left on device" in str(error)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """True for every way in which torch and Python report that memory ran out."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(
+            said in text for said in ("can't allocate memory", "out of memory", "not enough memory")
+        )
+    )
+
+
 def place_of(error: BaseException) -> str | None:
     """The file that an error of the operating system is about, where it says so."""
     if not isinstance(error, OSError) or error.filename is None:
@@ -65,10 +76,14 @@ def naming(path: Path) -> Iterator[None]:
 def told(error: Exception) -> DrawplateError | None:
     """What a user is told about an error; None where it is a fault of the program.
 
-    Besides our own errors that is a full disk, or a path that the operating system refuses.
+    Besides our own errors that is memory that ran out, a full disk, or a path that the operating
+    system refuses.
     """
     if isinstance(error, DrawplateError):
         return error
+    if out_of_memory(error):
+        said = str(error).partition("\n")[0] or "no more can be had"
+        return Exhausted(f"out of memory: {said}; free some, or choose smaller batches or models")
     place, reason = place_of(error), getattr(error, "strerror", None) or "no space left on device"
     if is_full(error):
         return Exhausted(f"{place or 'a file'}: {reason.lower()}; free some and run again")

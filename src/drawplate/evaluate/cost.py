@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -164,6 +165,9 @@ def measure(
         text=True,
         check=False,
     )
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise DrawplateError(f"{folder}: measuring memory and speed was ended by {name}")
     if done.returncode:
         last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         kinds = {kind.code: kind for kind in (UserError, Damaged, Exhausted, NotFinite)}

@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 import transformers
 
-from drawplate.core.errors import DrawplateError
+from drawplate.core.errors import told
 from drawplate.core.hf import load, save
 from drawplate.core.memory import peak_memory
 from drawplate.edits import Packed, materialized
@@ -145,6 +145,9 @@ if __name__ == "__main__":
     settings = Trial.model_validate_json(sys.stdin.read())
     try:
         print(run(Path(sys.argv[1]), torch.device(sys.argv[2]), settings).model_dump_json())
-    except DrawplateError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.code)
+    except Exception as error:
+        known = told(error)
+        if known is None:
+            raise
+        print(known, file=sys.stderr)
+        sys.exit(known.code)

@@ -28,7 +28,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from drawplate.core.errors import Damaged, DrawplateError, Exhausted, NotFinite, UserError
+from drawplate.core.errors import (
+    Damaged,
+    DrawplateError,
+    Exhausted,
+    NotFinite,
+    UserError,
+    out_of_memory,
+)
 from drawplate.core.method import Frozen, OneOf
 from drawplate.core.progress import Watch, silent
 from drawplate.core.seeds import seed_of
@@ -571,16 +578,6 @@ def fingerprint(model: nn.Module) -> str:
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """True for every way in which torch and Python report that memory ran out."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text or "not enough memory" in text
-    )
 
 
 @contextmanager

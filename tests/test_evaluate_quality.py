@@ -155,17 +155,26 @@ def test_bf16_is_close_where_float32_codes_are_kept_decoded():
     assert two != one
 
 
-def test_the_logits_of_a_batch_never_exist_together(monkeypatch):
-    monkeypatch.setattr(quality, "_LOGITS", 5 * tiny.VOCABULARY)
+@pytest.mark.parametrize(("positions", "least", "most"), [(5, 1, 5), (3, 7, 7)])
+def test_the_logits_of_a_batch_never_exist_together(monkeypatch, positions, least, most):
+    monkeypatch.setattr(quality, "_LOGITS", positions * tiny.VOCABULARY)
+    monkeypatch.setattr(quality, "_ROWS", least)
     model, texts = tiny.model("llama_untied").double(), documents()
     rows = []
     model.lm_head.register_forward_hook(lambda *call: rows.append(call[2].shape[:-1].numel()))
     chunked = loss(model, texts, sizes(texts), END, EXACT)
-    assert max(rows) == 5
+    assert max(rows) == most
     monkeypatch.undo()
     np.testing.assert_allclose(
         chunked.nats, loss(model, texts, sizes(texts), END, EXACT).nats, rtol=1e-12
     )
+
+
+def test_wide_vocabularies_meet_the_head_in_pieces_that_fill_a_product():
+    for width in (96, 4096, 32768, 151_936, 262_144):
+        piece = next(quality._pieces(10_000, width))
+        assert piece.stop >= 64
+        assert piece.stop * width <= max(1 << 21, 64 * width)
 
 
 def test_the_window_is_cut_to_the_model():

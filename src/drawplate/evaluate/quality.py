@@ -39,7 +39,9 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Documents: TypeAlias = Sequence[npt.NDArray[np.integer[Any]]]
 
 _LOGITS = 1 << 21
-"""Logits that exist at once for each model, 8 MiB in float32."""
+"""Logits that exist at once for each model, 8 MiB in float32; more where that is under `_ROWS`."""
+_ROWS = 64
+"""Positions that meet the output head together at least: its product is slow for fewer."""
 
 
 class Windows(Frozen):
@@ -269,7 +271,7 @@ def _batches(
 
 
 def _pieces(count: int, width: int) -> Iterator[slice]:
-    size = max(1, _LOGITS // width)
+    size = max(_ROWS, _LOGITS // width)
     return (slice(start, start + size) for start in range(0, count, size))
 
 

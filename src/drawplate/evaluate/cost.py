@@ -45,7 +45,8 @@ class Probe(Frozen):
     prompt: PositiveInt = 128
     """Tokens that are read at once."""
     new: PositiveInt = 64
-    """Tokens that are then decoded one by one, in a single row."""
+    """Tokens that are decoded one by one, in a single row: behind the prompt to measure memory,
+    from an empty context to measure speed."""
     repeats: PositiveInt = 3
     """Measurements of each rate; the median counts."""
 
@@ -66,9 +67,10 @@ class Machine(Frozen):
     threads: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
-    """One row, the model as it is stored: packed weights are decoded at every use."""
+    """One row from an empty context, the model as it is stored: packed weights are decoded at
+    every use."""
     unpacked_decode_tokens_per_second: float | None
-    """One row, packed weights decoded beforehand; None where nothing is packed."""
+    """The same, packed weights decoded beforehand; None where nothing is packed."""
     peak_bytes: int
     """Growth of the process' peak memory by loading the model and generating, as it is stored.
 

@@ -12,6 +12,7 @@ from drawplate.core.errors import NotFinite, UserError
 from drawplate.edits import materialized
 from drawplate.evaluate import quality
 from drawplate.evaluate.quality import Windows, fit, loss, loss_and_divergence, plan
+from drawplate.pretrain.position.clex import Clex
 from drawplate.quantize.driver import Quantize, quantize
 from tests import tiny
 from tests.oracle.evaluate.quality import contexts, reference
@@ -34,11 +35,14 @@ def sizes(texts):
     window=st.integers(1, 20),
     overlap=st.integers(0, 19),
     batch=st.integers(1, 60),
+    steps=st.sets(st.integers(1, 9), max_size=2),
 )
 @settings(max_examples=150, deadline=None)
-def test_plan_predicts_each_token_once_from_as_much_as_agreed(lengths, window, overlap, batch):
+def test_plan_predicts_each_token_once_from_as_much_as_agreed(
+    lengths, window, overlap, batch, steps
+):
     windows = Windows(window=window, overlap=min(overlap, window - 1), batch_tokens=batch)
-    batches = plan(lengths, windows)
+    batches = plan(lengths, windows, steps)
     seen = {
         (d, t): start for b in batches for d, start, fresh, stop in b for t in range(fresh, stop)
     }
@@ -53,6 +57,8 @@ def test_plan_predicts_each_token_once_from_as_much_as_agreed(lengths, window, o
         longest = max(w.stop - w.start for w in rows)
         assert longest <= window
         assert len(rows) == 1 or len(rows) * longest <= batch
+        for each in steps:
+            assert len({-(-(w.stop - w.start) // each) for w in rows}) == 1
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
@@ -92,6 +98,16 @@ def test_a_document_counts_the_same_alone_and_in_company():
         if len(text):
             alone = loss(model, [text], [1], END, EXACT.model_copy(update={"batch_tokens": 1}))
             np.testing.assert_allclose(together.nats[d], alone.nats[0], rtol=1e-10)
+
+
+def test_a_document_counts_the_same_in_company_where_frequencies_follow_the_length():
+    model, texts = tiny.model(context=16), documents(lengths=(1, 15, 16, 17, 33, 40, 60, 7))
+    Clex(factor=4).install(model, 0)
+    windows = EXACT.model_copy(update={"window": 64, "batch_tokens": 4096})
+    together = loss(model.double(), texts, sizes(texts), END, windows)
+    for d, text in enumerate(texts):
+        alone = loss(model, [text], [1], END, windows)
+        np.testing.assert_allclose(together.nats[d], alone.nats[0], rtol=1e-10)
 
 
 def test_loss_is_the_same_with_and_without_a_parent_and_every_time():

@@ -11,10 +11,11 @@ thousand positions at a time: the logits of a batch, [B, T, V], never exist toge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from drawplate.core.errors import NotFinite, UserError
 from drawplate.core.method import Frozen
 from drawplate.core.products import swift
 from drawplate.edits import StandIn
+from drawplate.edits.clex import ClexRotary
 from drawplate.evaluate.runtime import opening, running
 from drawplate.model.runtime import Runtime
 from drawplate.model.runtime.plain import Plain
@@ -181,7 +183,14 @@ def _read(
             text = opening(documents, windows.window)
             stack.enter_context(running(runtime or Plain(), reader.model, text))
             stack.enter_context(swift(reader.model))
-        for batch in _batches(documents, end, windows, readers[0].device):
+        # Their frequencies follow the width of a batch, padding included, in steps of that length.
+        steps = {
+            module.spec.length
+            for reader in readers
+            for module in reader.model.modules()
+            if isinstance(module, ClexRotary)
+        }
+        for batch in _batches(documents, end, windows, steps, readers[0].device):
             states = [reader.states(batch) for reader in readers]
             for piece in _pieces(len(batch.owners), *widths):
                 q, *rest = (r.log_probs(s[piece]) for r, s in zip(readers, states, strict=True))
@@ -195,11 +204,14 @@ def _read(
     return Loss(nats, tokens, lengths), Divergence(apart, tokens)
 
 
-def plan(lengths: Sequence[int], windows: Windows) -> list[list[Window]]:
+def plan(
+    lengths: Sequence[int], windows: Windows, steps: Collection[int] = ()
+) -> list[list[Window]]:
     """Batches of windows that predict each token of documents of these lengths exactly once.
 
     Long windows first; every window but a document's first starts `overlap` inputs before its
-    `fresh` one.
+    `fresh` one. The windows of a batch come to equal multiples, rounded up, of each of the lengths
+    `steps`.
     """
     cut: list[Window] = []
     for document, length in enumerate(lengths):
@@ -211,10 +223,12 @@ def plan(lengths: Sequence[int], windows: Windows) -> list[list[Window]]:
             fresh = stop
     cut.sort(key=lambda w: (w.start - w.stop, w.document, w.start))
     batches: list[list[Window]] = []
-    while cut:
-        rows = max(1, windows.batch_tokens // (cut[0].stop - cut[0].start))
-        batches.append(cut[:rows])
-        del cut[:rows]
+    for _, like in groupby(cut, lambda w: [(w.stop - w.start - 1) // each for each in steps]):
+        left = list(like)
+        while left:
+            rows = max(1, windows.batch_tokens // (left[0].stop - left[0].start))
+            batches.append(left[:rows])
+            del left[:rows]
     return batches
 
 
@@ -248,9 +262,9 @@ class _Batch(NamedTuple):
 
 
 def _batches(
-    documents: Documents, end: int, windows: Windows, device: torch.device
+    documents: Documents, end: int, windows: Windows, steps: Collection[int], device: torch.device
 ) -> Iterator[_Batch]:
-    for rows in plan([len(d) for d in documents], windows):
+    for rows in plan([len(d) for d in documents], windows, steps):
         shape = len(rows), rows[0].stop - rows[0].start
         inputs = np.full(shape, end, dtype=np.int64)
         targets = np.full(shape, end, dtype=np.int64)

@@ -4,7 +4,8 @@ Rows are decoded together, at most `batch_size` at a time; a finished row leaves
 place goes to a prompt that waits, so that no work is spent on what is finished. Equal prompts that
 enter together are read once. A drawn token is a function of the seed, the row's index, the token's
 position and the model's probabilities: neither the other rows nor the batch size have a say in it,
-except for the rounding of sums.
+except for the rounding of sums. A model with CLEX is the exception: the longest row that a call may
+come to decides on the frequencies of all, so that keys once stored stay right.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,8 @@ class Samples:
     logprobs: list[list[float]]
     """Of each token, its log-probability in nats under the model: temperature 1, nothing filtered.
 
-    This is what a full forward pass over prompt and answer gives, hence what a loss recomputes.
+    This is what a full forward pass over prompt and answer gives, hence what a loss recomputes:
+    with CLEX, one inside `reaching` the longest row that the call may come to.
     """
     behaviour: list[list[float]]
     """Of each token, its log-probability in nats under the distribution that it was drawn from.

@@ -24,7 +24,8 @@ def choose(precision: Precision, device: torch.device) -> torch.dtype:
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring all floating parameters to `dtype`, gradients to 32 bits; buffers stay as they are.
 
-    Buffers hold rotary frequencies and quantization scales, which 16 bits would spoil.
+    Buffers hold rotary frequencies, levels and rotations, which 16 bits would spoil. Quantization
+    scales are parameters, and follow.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():

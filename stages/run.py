@@ -14,10 +14,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import click
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import drawplate
 from drawplate.core.errors import DrawplateError, Exhausted, UserError, naming
@@ -56,6 +56,14 @@ class Execution(Frozen):
     """Where tensors live: cpu, cuda, cuda:1, ..."""
     tracking: bool = True
     """Whether runs are logged to MLflow."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.sharded and self.processes == 1:
+            raise ValueError("sharded splits weights over processes: set nproc or nnodes above 1")
+        if self.address is not None and self.nnodes == 1:
+            raise ValueError("address is for the other machines: set nnodes above 1")
+        return self
 
     @property
     def processes(self) -> int:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from unittest.mock import ANY
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from drawplate import lineage
 from drawplate.core.artifact import publish, verify
@@ -176,6 +176,16 @@ def test_an_adopted_model_is_an_input_by_its_content(tmp_path, source):
         assert found.node.parents["adopt"] == lineage.content_hash(adopted)
         assert {lineage.content_hash(f) for f in (source, adopted)} == set(found.ancestors)
     assert works[0] != works[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [({"sharded": True}, "set nproc or nnodes"), ({"address": "10.0.0.7"}, "set nnodes")],
+)
+def test_options_for_several_processes_or_machines_are_refused_for_one(given, what):
+    with pytest.raises(ValidationError, match=what):
+        Execution.model_validate(given)
+    assert Execution.model_validate(given | {"nnodes": 2})
 
 
 def test_a_damaged_input_is_refused_before_any_work(tmp_path, source):

@@ -301,6 +301,17 @@ def test_a_shrunken_batch_serves_all_its_updates():
         assert len(t.batch(step)["tokens"]) >= 1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_several_updates_go_on_where_no_group_was_kept(seed):
+    how = settings(seed=seed, updates=4, select=Predicted(), length=Constant(tokens=30))
+    t = task(how, score=lambda index, text: 0.0)
+    batch = t.batch(0)
+    assert t.figures["dropped"] == 1
+    other = task(how)
+    other.restore(json.loads(json.dumps(t.state())))
+    assert same(batch, other.batch(0))
+
+
 def test_trains_and_reports(tmp_path):
     before = tiny.model()
     after, rows = run(tmp_path, settings(length=Linear(start=8, end=5), penalties=(K3(),)))

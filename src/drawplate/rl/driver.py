@@ -179,7 +179,8 @@ class Reinforce:
         figures["generated"] = float(self.drawing.generated)
         self.round, self.rollout, self.figures = number, rollout, figures
         if how.updates > 1:
-            self.packed = base64.b64encode(save(rollout.tensors())).decode()
+            held = {name: tensor.contiguous() for name, tensor in rollout.tensors().items()}
+            self.packed = base64.b64encode(save(held)).decode()
 
     def _whole(self, number: int, limit: int) -> tuple[Rollout, dict[str, float]]:
         """Answers prompts until the batch is full or selection gives up."""

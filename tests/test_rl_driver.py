@@ -382,6 +382,8 @@ def test_refusals(tmp_path):
         task(score=lambda index, text: float("nan")).batch(0)
     with pytest.raises(UserError, match="at least one prompt"):
         task(prompts=[])
+    with pytest.raises(UserError, match="max_new=84 need a context of 87, the model has 64"):
+        task(settings(length=Linear(start=4, end=84)))
     with pytest.raises(UserError, match="would round the weights"):
         run(tmp_path, settings(precision="bf16"))
     with pytest.raises(ValueError, match="samples has to be at least 2"):

@@ -28,7 +28,7 @@ from drawplate.core.errors import UserError
 from drawplate.core.progress import Watch, silent
 from drawplate.core.seeds import generator, seed_of
 from drawplate.edits import features, materialized
-from drawplate.model.sample import sample
+from drawplate.model.sample import check_context, sample
 from drawplate.rl import moving
 from drawplate.rl.critic import Head
 from drawplate.rl.drawing import Drawing
@@ -68,6 +68,8 @@ class Reinforce:
         self.prompts = [list(prompt) for prompt in prompts]
         if not self.prompts or not all(self.prompts):
             raise UserError("finetuning needs at least one prompt, and no empty ones")
+        most = max(how.length.limit(step, how.steps) for step in range(how.steps))
+        check_context(model, self.prompts, [most] * len(self.prompts))  # before the first steps
         self.about = about
         self.loss_of = how.loss
         self.moving = how.adapt.install(model, how.seed)

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GraniteConfig
 
 from drawplate.core.errors import UserError
+from drawplate.pretrain.position.clex import Clex
 from drawplate.rl.adapt.full import Full
 from drawplate.rl.adapt.lora import Lora
 from drawplate.rl.advantage.reinforce_pp import ReinforcePp
@@ -334,6 +335,17 @@ def test_trains_and_reports(tmp_path):
     assert changed
     assert all("_proj" in name for name in changed)
     assert after.state_dict().keys() == before.state_dict().keys()
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_frequencies_that_follow_the_length_are_those_that_answers_were_drawn_with(
+    updates, tmp_path
+):
+    model = tiny.model(context=8)
+    Clex().install(model, 0)
+    how = settings(length=Linear(start=6, end=20), updates=updates)
+    _, rows = run(tmp_path, how, model)
+    assert all(row["ratio_drift"] < 1e-5 for row in rows)
 
 
 def test_stopped_and_resumed_gives_the_same_bytes(tmp_path):

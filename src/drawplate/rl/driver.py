@@ -28,6 +28,7 @@ from drawplate.core.errors import UserError
 from drawplate.core.progress import Watch, silent
 from drawplate.core.seeds import generator, seed_of
 from drawplate.edits import features, materialized
+from drawplate.edits.clex import reaching
 from drawplate.model.sample import check_context, sample
 from drawplate.rl import moving
 from drawplate.rl.critic import Head
@@ -70,6 +71,7 @@ class Reinforce:
             raise UserError("finetuning needs at least one prompt, and no empty ones")
         most = max(how.length.limit(step, how.steps) for step in range(how.steps))
         check_context(model, self.prompts, [most] * len(self.prompts))  # before the first steps
+        self.horizon = max(map(len, self.prompts)) + most
         self.about = about
         self.loss_of = how.loss
         self.moving = how.adapt.install(model, how.seed)
@@ -433,7 +435,9 @@ def finetune(
         raise UserError("self-play writes texts of its own: finetune has to be given encode")
     else:
         task = Play(model, how, how.self_play, encode, decode, end, world)
-    outcome = train(model, task, how, work, watch, world)
+    # Frequencies that follow the length are the same where answers are drawn and learned from.
+    with reaching(model, task.horizon):
+        outcome = train(model, task, how, work, watch, world)
     task.merge()
     how.adapt.finish(model)
     precision.cast(model, stored)

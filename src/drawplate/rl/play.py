@@ -79,6 +79,7 @@ class Play:
         asked = [encode(_conjecture(statement)) for statement in self.seen]
         most = max(how.length.limit(step, how.steps) for step in range(how.steps))
         check_context(model, asked, [most] * len(asked))  # before the first steps, not behind them
+        self.horizon = max(map(len, asked)) + most
         self.proofs = {statement: [proof] for statement, proof in self.seeds}
         self.taught: list[tuple[str, str]] = []
         self.round = -1

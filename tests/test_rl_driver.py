@@ -22,7 +22,8 @@ from drawplate.rl.select.varied import Varied
 from drawplate.rl.shaping.overlong_ramp import OverlongRamp
 from drawplate.rl.surrogate.cispo import Cispo
 from drawplate.rl.surrogate.ppo_clip import PpoClip
-from drawplate.train.loop import Stopped
+from drawplate.train.distributed import World
+from drawplate.train.loop import Stopped, _cut
 from tests import tiny
 from tests.laws import law
 
@@ -284,6 +285,23 @@ def test_nothing_to_learn_moves_nothing(given):
     assert len(batch["tokens"]) == 12
     assert t.figures["dropped"] == 1
     assert metrics["loss"] == 0
+
+
+@pytest.mark.parametrize("processes", [3, 20])
+def test_processes_for_which_no_answer_is_left_add_nothing(processes):
+    t = task(settings(penalties=(K3(),), updates=8), score=known({1}))
+    whole, figures = gradients(t, t.batch(0), 1)
+    t.world = World(size=processes)
+    added = {}
+    for rank in range(processes):
+        (part,) = _cut(t.batch(0), 1, World(rank=rank, size=processes))
+        assert len(part["tokens"])
+        found, metrics = gradients(t, part, 1)
+        for name, value in {**found, **metrics}.items():
+            added[name] = added.get(name, 0.0) + value
+    for name, gradient in whole.items():
+        torch.testing.assert_close(added[name], gradient, rtol=1e-4, atol=1e-6)
+    assert {name: added[name] for name in figures} == pytest.approx(figures, rel=1e-4, abs=1e-6)
 
 
 def test_groups_that_were_not_kept_teach_nothing_though_prompts_differ():

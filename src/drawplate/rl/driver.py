@@ -109,12 +109,17 @@ class Reinforce:
         # A batch that selection left with fewer answers than updates is gone through again.
         parts = rows.tensor_split(min(self.how.updates, len(rows)))
         mine = rollout.take(parts[part % len(parts)].to(rollout.group.device))
-        return {
+        by_row = {
             **mine.tensors(),
             "share": self.loss_of.weight(mine),
             "held": self.loss_of.held(mine),
+        }
+        # Selection may leave fewer answers than processes: the others get rows without tokens.
+        count = max(len(mine.group), self.world.size)
+        return {
+            **{name: _filled(value, count) for name, value in by_row.items()},
             "limit": torch.tensor(mine.limit),
-            "rows": torch.tensor(len(mine.group)),
+            "rows": torch.tensor(count),
             "count": mine.mask.sum().cpu(),
             **{f"figure/{name}": torch.tensor(value) for name, value in self.figures.items()},
         }
@@ -478,6 +483,12 @@ def _unpack(tensors: Mapping[str, Tensor], limit: int) -> Rollout:
 def _wide(figure: Tensor) -> Tensor:
     """[B, T] -> [B, T + 1], with room for what is behind the longest answer."""
     return torch.nn.functional.pad(figure, (0, 1))
+
+
+def _filled(figure: Tensor, count: int) -> Tensor:
+    """[B, ...] -> [count, ...], with rows of zeros at the end."""
+    more = count - len(figure)
+    return torch.cat([figure, figure.new_zeros(more, *figure.shape[1:])]) if more else figure
 
 
 def _tuples(answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -372,6 +372,14 @@ def test_a_run_that_went_back_and_was_stopped_ends_like_one_that_was_not(tmp_pat
         assert digest(run(tmp_path / "cut", Toy(trouble=trouble))) == whole
 
 
+def test_trouble_after_save_every_was_raised_goes_back_to_what_there_is(tmp_path: Path) -> None:
+    trouble = {9: "nan loss", 10: "nan loss", 11: "nan loss"}
+    with pytest.raises(Stopped):
+        run(tmp_path, Toy(trouble=trouble), watch=At(8, interrupt), save_every=4)
+    with pytest.warns(UserWarning, match="going back to step 8"):
+        assert finite(run(tmp_path, Toy(trouble=trouble), save_every=100))
+
+
 def test_endless_trouble_stops_with_the_step_and_the_data(tmp_path: Path) -> None:
     task = Toy(trouble=dict.fromkeys(range(6, 24), "nan loss"))
     words = r"step 9 \(data index 14\): not finite, loss nan, .* after 2 returns"

@@ -476,7 +476,8 @@ class _Run:
             )
         trouble, parts = max(self.step + 1, self.history.trouble), self.parts
         # Not to a checkpoint that a signal left: where training goes on must not depend on signals.
-        if not self._load(self.settings.save_every):
+        # One that was left while `save_every` was another is better than none.
+        if not (self._load(self.settings.save_every) or self._load()):
             raise Damaged(f"{self.folder} has no good checkpoint left to go back to")
         self.jump = (index + 1 - self.step) % self.settings.steps
         self.history.rollbacks, self.history.trouble = rollbacks, trouble

@@ -318,9 +318,9 @@ def corpus(tmp_path_factory):
     return pretrain_cases.corpus(tmp_path_factory.mktemp("corpus") / "corpus")
 
 
-def adopted(corpus, folder, **given):
+def adopted(corpus, folder, kind="llama_untied", **given):
     """A tiny decoder as a folder, and settings that train it on."""
-    model = tiny.model("llama_untied", vocabulary=corpus.vocabulary, context=CONTEXT)
+    model = tiny.model(kind, vocabulary=corpus.vocabulary, context=CONTEXT)
     model.save_pretrained(folder)
     corpus.tokenizer.save_pretrained(folder)
     tree = pretrain_cases.params(4).model_dump(include={"batch", "training"})
@@ -372,6 +372,13 @@ def test_what_contradicts_an_adopted_model_is_refused(corpus, tmp_path):
             corpus,
             tmp_path / "work",
         )
+
+
+@pytest.mark.parametrize("kind", ["falcon", "falcon_h1"])
+def test_an_adopted_model_that_lets_documents_see_each_other_is_refused(corpus, tmp_path, kind):
+    _, tree = adopted(corpus, tmp_path / "start", kind)
+    with pytest.raises(UserError, match="does not keep texts that share a row apart"):
+        pretrain(Pretrain.model_validate(tree), corpus, tmp_path / "work")
 
 
 LONG, SHORT = 256, 64

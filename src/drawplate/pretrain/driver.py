@@ -25,7 +25,7 @@ from drawplate.train.attention import attention_for
 from drawplate.train.distributed import ALONE, World, whole_state
 from drawplate.train.language import NextToken
 from drawplate.train.loop import Outcome, train
-from drawplate.train.loss import check_head
+from drawplate.train.loss import check_apart, check_head
 from drawplate.train.optimizer import Chain, Optimizer
 
 
@@ -50,7 +50,7 @@ def pretrain(
     Training takes place on `device`.
 
     Raises:
-        UserError: the corpus does not fit the rows or the adopted model.
+        UserError: the corpus does not fit the rows or the adopted model, or this one the training.
         NotFinite: training diverged and the guard gave up.
     """
     if params.adopt is not None and params.position is None:
@@ -67,6 +67,8 @@ def pretrain(
     model, tokenizer = _begun(params, corpus)
     model.to(device)  # begun elsewhere: the same bits everywhere, so that a run may change devices
     check_head(model)
+    if params.adopt is not None:
+        check_apart(model)
     rows = Rows(
         corpus,
         batch=params.batch,

@@ -456,6 +456,11 @@ def test_the_sampler_goes_on_where_it_stopped():
         ({"advantage": {"name": "rloo"}, "samples": 2}, "rloo does not ask for critic"),
         ({"select": {"name": "varied"}}, "set cuts .. and select every"),
         ({"cuts": (Outlier(),), "samples": 12}, "set cuts .. and select every"),
+        (
+            {"length": Linear(), "reduce": {"name": "fixed_length"}},
+            "fixed_length .* length constant",
+        ),
+        ({"length": Linear(), "shaping": ({"name": "overlong_ramp"},)}, "overlong_ramp measures"),
         ({"window": {"share": 1.5}}, "less than or equal to 1"),
     ],
 )

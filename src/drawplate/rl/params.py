@@ -21,6 +21,7 @@ from drawplate.rl.penalty import Penalty
 from drawplate.rl.ratio import Ratio
 from drawplate.rl.ratio.token import Token
 from drawplate.rl.reduce import Reduce
+from drawplate.rl.reduce.fixed_length import FixedLength
 from drawplate.rl.reduce.token_mean import TokenMean
 from drawplate.rl.sampling import Sampling
 from drawplate.rl.sampling.whole import Whole as WholeAnswers
@@ -29,6 +30,7 @@ from drawplate.rl.select.every import Every
 from drawplate.rl.select.varied import Varied
 from drawplate.rl.selfplay import SelfPlay
 from drawplate.rl.shaping import Shaping
+from drawplate.rl.shaping.overlong_ramp import OverlongRamp
 from drawplate.rl.shaping.truncation import Truncation
 from drawplate.rl.surrogate import Surrogate
 from drawplate.rl.surrogate.ppo_clip import PpoClip
@@ -123,6 +125,14 @@ class Finetune(Training):
             raise ValueError(f"advantage {self.advantage.name} {verb} window")
         if self.window and (self.cuts or not isinstance(self.select, Every)):
             raise ValueError("with window, answers end one by one: set cuts [] and select every")
+        if self.window and not isinstance(self.length, ConstantLength):
+            # An answer keeps the limit that it began with, so a batch holds several.
+            for piece in (self.reduce, *self.shaping):
+                if isinstance(piece, FixedLength | OverlongRamp):
+                    raise ValueError(
+                        f"{piece.name} measures answers by one limit, which with window have "
+                        "several where it changes: set length constant"
+                    )
         if self.samples == 1 and not isinstance(self.select, Every):
             raise ValueError(
                 f"select {self.select.name} compares answers to one prompt: set samples to at "

@@ -423,5 +423,7 @@ def test_refusals(tmp_path):
     for select in (Varied(), Mixed(), Predicted()):
         with pytest.raises(ValueError, match=r"compares answers .* select every"):
             settings(**alone, select=select)
+    with pytest.raises(ValueError, match=r"compiled anew: set compile: false"):
+        settings(compile=True)
     with pytest.raises(ValueError, match="updates cannot exceed"):
         settings(updates=13)

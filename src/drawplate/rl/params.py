@@ -112,6 +112,11 @@ class Finetune(Training):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.compile:
+            raise ValueError(
+                "answers differ in length from step to step and each shape would be compiled anew: "
+                "set compile: false"
+            )
         if self.samples < self.advantage.least:
             raise ValueError(
                 f"advantage {self.advantage.name} compares answers to one prompt, so samples has "

@@ -24,6 +24,7 @@ from drawplate.rl.surrogate.cispo import Cispo
 from drawplate.rl.surrogate.ppo_clip import PpoClip
 from drawplate.train.distributed import World
 from drawplate.train.loop import Stopped, _cut
+from drawplate.train.rounding import Simulate
 from tests import tiny
 from tests.laws import law
 
@@ -425,5 +426,7 @@ def test_refusals(tmp_path):
             settings(**alone, select=select)
     with pytest.raises(ValueError, match=r"compiled anew: set compile: false"):
         settings(compile=True)
+    with pytest.raises(ValueError, match="remove simulate"):
+        settings(simulate=Simulate())
     with pytest.raises(ValueError, match="updates cannot exceed"):
         settings(updates=13)

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from drawplate.core.errors import UserError
+from drawplate.edits.low_rank import LowRank
+from drawplate.edits.sparse import Sparse
 from drawplate.train.rounding import Format, Simulate, product, simulated
-from tests import train_cases
+from tests import tiny, train_cases
 
 BFLOAT16 = Format(exponent=8, mantissa=7)
 FLOAT16 = Format(exponent=5, mantissa=10)
@@ -176,6 +178,18 @@ def test_a_model_is_simulated_inside_only_and_its_head_on_request():
     assert torch.equal(model(tokens), plain)
     with pytest.raises(UserError, match="no linear layer"), simulated(model.embedding, coarse):
         pass
+
+
+def test_models_whose_layers_would_be_left_out_are_refused():
+    sparse, low = tiny.model(), tiny.model()
+    layer = "model.layers.0.mlp.up_proj"
+    Sparse(module=layer, kept=8).install(sparse)
+    LowRank(module=layer, rank=2).install(low)
+    with simulated(low, Simulate()):
+        pass
+    for model, kind in ((sparse, "SparseLinear"), (tiny.model("gpt2"), "Conv1D")):
+        with pytest.raises(UserError, match=f"is a {kind}"), simulated(model, Simulate()):
+            pass
 
 
 def test_a_run_in_float32_bits_is_the_plain_run_and_in_few_bits_another(tmp_path):

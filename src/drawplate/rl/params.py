@@ -117,6 +117,11 @@ class Finetune(Training):
                 "answers differ in length from step to step and each shape would be compiled anew: "
                 "set compile: false"
             )
+        if self.simulate is not None:
+            raise ValueError(
+                "answers are drawn without simulated numbers, so another policy would learn than "
+                "the one that answered: remove simulate"
+            )
         if self.samples < self.advantage.least:
             raise ValueError(
                 f"advantage {self.advantage.name} compares answers to one prompt, so samples has "

@@ -138,7 +138,7 @@ def simulated(model: nn.Module, how: Simulate | None) -> Iterator[None]:
     """Inside, the linear layers of `model` compute under `how`; None leaves them alone.
 
     Raises:
-        UserError: the model has no linear layer to simulate.
+        UserError: the model has no linear layer to simulate, or one that is not plain.
     """
     if how is None:
         yield
@@ -149,6 +149,16 @@ def simulated(model: nn.Module, how: Simulate | None) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, nn.Linear) and (how.head or module is not head)
     ]
+    for name, module in model.named_modules():
+        # Known by name, as importing transformers takes seconds.
+        turned = type(module).__name__ == "Conv1D"
+        other = hasattr(module, "in_features") and not isinstance(module, nn.Linear)
+        bare = next(module.children(), None) is None
+        if (turned or other) and bare and (how.head or module is not head):
+            raise UserError(
+                f"training.simulate rounds in plain linear layers only, and {name} is a "
+                f"{type(module).__name__}; remove simulate"
+            )
     if not layers:
         raise UserError(f"training.simulate finds no linear layer in {type(model).__name__}")
     for layer in layers:

@@ -434,6 +434,24 @@ def test_no_conjecture_comes_twice():
     assert len(known) == len(set(known))
 
 
+def test_statements_that_leave_no_room_for_an_answer_are_no_conjectures():
+    class Long(Play):
+        def _say(self, prompts, temperature, limit, name):
+            fresh = ["9-9=0", "10+10=20"]
+            return [Said(f"{fresh[place % 2]}\n", 5, True) for place in range(len(prompts))]
+
+    how = settings(prompts=16)
+    t = Long(tiny.model(context=29), how, how.self_play, encode, decode, END)
+    assert t.play.checker.statement("10+10=20") == "10+10=20"
+    t.batch(2)
+    assert "9-9=0" in t.seen
+    assert "10+10=20" not in t.seen
+    assert t.figures["fresh"] == 1 / t.play.conjectures(16)
+    t.longest += 2
+    t.batch(4)
+    assert "10+10=20" in t.seen
+
+
 def test_expert_iteration_takes_given_statements_only():
     t = scripted(settings(ExpertIteration(**SMALL)))
     t.batch(2)

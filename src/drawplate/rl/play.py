@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -48,10 +49,10 @@ class Play:
     """A `Task` of the training loop whose batches are the model's own proofs and conjectures.
 
     Metrics of a round: `pass_rate` of all attempts (`reward` too); `fresh`, the share of what was
-    conjectured that is a statement nobody made before, and `band`, the share of these that was
-    chosen; `solved_heldout`, by the likeliest tokens of the model that plays the round; `proven`,
-    statements with a proof besides the seeds; `generated`, tokens of all rounds so far. Before the
-    first round all are zero.
+    conjectured that is a statement nobody made before, short enough to be answered, and `band`, the
+    share of these that was chosen; `solved_heldout`, by the likeliest tokens of the model that
+    plays the round; `proven`, statements with a proof besides the seeds; `generated`, tokens of all
+    rounds so far. Before the first round all are zero.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Play:
         most = max(how.length.limit(step, how.steps) for step in range(how.steps))
         check_context(model, asked, [most] * len(asked))  # before the first steps, not behind them
         self.horizon = max(map(len, asked)) + most
+        context = getattr(model.config, "max_position_embeddings", None)
+        self.longest = math.inf if context is None else context - most + 1
         self.proofs = {statement: [proof] for statement, proof in self.seeds}
         self.taught: list[tuple[str, str]] = []
         self.round = -1
@@ -228,7 +231,9 @@ class Play:
         )
         new = []
         for parent, statement in zip(parents, read, strict=True):
-            if statement is not None and statement not in self.seen:
+            if statement is None or len(self.encode(_conjecture(statement))) > self.longest:
+                continue  # what leaves no room for an answer can be neither proven nor gone on from
+            if statement not in self.seen:
                 self.seen[statement] = True
                 new.append((parent, statement))
         return new

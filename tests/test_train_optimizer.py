@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from drawplate.core.errors import UserError
+from drawplate.edits.quantized_embedding import QuantizedEmbedding
 from drawplate.train import optimizer as optimizer_module
 from drawplate.train.optimizer import Chain, Group, Optimizer
 from drawplate.train.precision import cast
@@ -272,6 +273,18 @@ def test_layers_are_matrices_and_the_rest_is_the_rest(kind: str) -> None:
         matrix = parameter.ndim > 1 and not table
         assert (name in groups[0.3]) == matrix
         assert (name in groups[0.0]) == (not matrix and parameter is not frozen)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_untied"])
+def test_scales_of_a_packed_table_are_no_matrix(kind: str) -> None:
+    model: PreTrainedModel = tiny.model(kind)
+    head = "lm_head" if kind == "llama" else None
+    fields: dict[str, Any] = {"bits": 4, "group": 16, "zero": False, "levels": False, "head": head}
+    QuantizedEmbedding(module="model.embed_tokens", **fields).install(model)
+    model.requires_grad_(True)
+    matrices, rest = Optimizer().build(model).param_groups
+    assert "model.embed_tokens.scale" in rest["param_names"]
+    assert not any("embed" in name or "head" in name for name in matrices["param_names"])
 
 
 def test_transforms_for_matrices_are_refused_for_vectors() -> None:

@@ -52,8 +52,9 @@ class Optimizer(Frozen):
             UserError: nothing is trainable, or `rest` holds a transform for matrices only.
         """
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        tables |= {id(p) for p in head.parameters()} if head is not None else set()
+        for ends in ("get_input_embeddings", "get_output_embeddings"):
+            end = getattr(model, ends, lambda: None)()
+            tables |= {id(p) for p in end.parameters()} if end is not None else set()
         # GPT-2's layers; known by name, as importing transformers takes seconds.
         turned = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
         groups: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -310,6 +311,19 @@ def test_gradients_reach_factors_values_scales_and_adapters():
         parameter.requires_grad_(True)
     model(tiny.tokens(2, 8)).logits.square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in wanted)
+
+
+def test_a_tied_head_passes_gradients_on_to_the_scales_that_it_reads():
+    model, hidden = tiny.model(), draw(2, 32)
+    quantize_table(model)
+    scale = model.get_input_embeddings().scale.requires_grad_(True)
+    found = []
+    for within in (nullcontext, lambda: edits.materialized(model)):
+        with within():
+            loss = model.lm_head(hidden).square().sum()
+        found += torch.autograd.grad(loss, scale)
+    assert found[0].any()
+    assert torch.equal(*found)
 
 
 def test_stored_bytes_are_those_of_the_file(tmp_path):

@@ -68,6 +68,11 @@ class TiedHead(Packed):
         self.table = (table,)  # in a tuple, so that the state dict holds the table once
         self.bias = bias
 
+    @property
+    def borrowed(self) -> tuple[nn.Module, ...]:
+        """The table."""
+        return self.table
+
     def matrix(self) -> Tensor:
         """[V, H]."""
         return self.table[0].rows(slice(None))

@@ -1,9 +1,14 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from drawplate.edits.quantized_embedding import TiedHead
 from drawplate.rl import policy
 from drawplate.rl.policy import judge
+from drawplate.train import loss
 from tests import tiny
+from tests.test_edits import quantize_table
 
 
 def case():
@@ -84,3 +89,37 @@ def test_lines_do_not_change_what_is_said(monkeypatch):
     for logp, entropy in said[1:]:
         torch.testing.assert_close(logp, said[0][0], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(entropy, said[0][1], rtol=1e-10, atol=1e-12)
+
+
+def test_few_logits_are_held_at_a_time(monkeypatch):
+    """As many tokens at a time as the vocabulary leaves room for."""
+    model, seen = tiny.model(), []
+    model.lm_head.register_forward_hook(lambda head, given, logits: seen.append(len(given[0])))
+    tokens = tiny.tokens(40, 20)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] = False
+    judge(model, tokens, mask, 1.0)
+    assert seen == [760, 760]  # losses, entropies
+    seen.clear()
+    monkeypatch.setattr(loss, "LOGITS", 96 * 300)
+    judge(model, tokens, mask, 1.0)
+    assert seen == [300, 300, 160] * 2
+
+
+def test_a_packed_head_is_decoded_once(monkeypatch):
+    model = tiny.model()
+    quantize_table(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    decoded, inner = [], TiedHead.matrix
+    monkeypatch.setattr(TiedHead, "matrix", lambda head: decoded.append(1) or inner(head))
+    monkeypatch.setattr(policy, "ROWS", 5)
+
+    def said():
+        logp, entropy = judge(model, *case(), 0.7)
+        return logp, entropy, *torch.autograd.grad(logp.sum(), weight)
+
+    found = said()
+    assert len(decoded) == 1
+    monkeypatch.setattr(policy, "materialized", lambda model: nullcontext())
+    assert all(map(torch.equal, found, said()))
+    assert len(decoded) > 4

@@ -5,22 +5,24 @@ are laid end to end, so that little is computed for padding; none of them sees i
 """
 
 from collections.abc import Callable
-from typing import cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from drawplate.core.products import swift
 from drawplate.edits import materialized
 from drawplate.train.attention import attention_for
-from drawplate.train.loss import states, token_losses
+from drawplate.train.loss import fitting, states, token_losses
 
 Head = Callable[[Tensor], Tensor]
 LINE = 128
 """Tokens of a line that several rows share, unless a row is longer."""
 ROWS = 1024
-"""Tokens whose logits are held at a time where entropies are computed."""
+"""Tokens whose logits are held at a time, at most."""
 
 
 def judge(
@@ -31,10 +33,10 @@ def judge(
     Integer tokens [B, T], bool mask [B, T] that leaves out column 0 -> 2 x [B, T], in nats, zero
     outside the mask.
     """
-    hidden, head = _before(model, tokens, mask, temperature)
-    logp = -token_losses(hidden, head, tokens[mask])
+    hidden, head, rows = _before(model, tokens, mask, temperature)
+    logp = -token_losses(hidden, head, tokens[mask], rows)
     with torch.no_grad():
-        some = torch.split(hidden, ROWS)
+        some = torch.split(hidden, rows)
         whole = (head(h).log_softmax(-1) for h in some)
         entropy = torch.cat([-torch.linalg.vecdot(p.exp(), p) for p in whole])
     return spread(logp, mask), spread(entropy, mask)
@@ -44,14 +46,17 @@ def look(
     model: PreTrainedModel, tokens: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities as `judge` gives, and the hidden state that predicts each token, [N, H]."""
-    hidden, head = _before(model, tokens, mask, temperature)
-    return spread(-token_losses(hidden, head, tokens[mask]), mask), hidden
+    hidden, head, rows = _before(model, tokens, mask, temperature)
+    return spread(-token_losses(hidden, head, tokens[mask], rows), mask), hidden
 
 
 def _before(
     model: PreTrainedModel, tokens: Tensor, mask: Tensor, temperature: float
-) -> tuple[Tensor, Head]:
-    """The hidden state that predicts each answer token, [N, H], and what makes logits of it."""
+) -> tuple[Tensor, Head, int]:
+    """The hidden state that predicts each answer token, [N, H], and what makes logits of it.
+
+    And of how many at a time.
+    """
     line, column = _packed(mask)
     used = column >= 0
     shape = int(line.max()) + 1, int(column.max()) + 1
@@ -59,17 +64,22 @@ def _before(
     places = (line[:, None].expand_as(column)[used], column[used])
     packed[places] = tokens[used]
     positions[places] = torch.arange(mask.shape[1], device=mask.device).expand_as(column)[used]
+    output: Any = model.get_output_embeddings()
     with attention_for(model, shape[1]), materialized(model), swift(model):
         hidden = states(model, packed, positions)
-    output = cast("Head", model.get_output_embeddings())
+        dense = getattr(output, "dense", None)
+    product: Head = output
+    if dense is not None:  # every piece of rows would decode it again
+        product = partial(functional.linear, weight=dense.to(hidden.dtype), bias=output.bias)
 
     def head(states: Tensor) -> Tensor:
-        logits = output(states)
+        logits = product(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if temperature == 1 else logits / temperature
 
     asked = mask[:, 1:]
-    return hidden[line[:, None].expand_as(asked)[asked], column[:, :-1][asked]], head
+    before = hidden[line[:, None].expand_as(asked)[asked], column[:, :-1][asked]]
+    return before, head, min(ROWS, fitting(output))
 
 
 def _packed(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def token_losses(
         wide = logits if logits.dtype is torch.float64 else logits.float()
         return functional.cross_entropy(wide, t, reduction="none", ignore_index=IGNORED)
 
-    many = rows or _rows(head)
+    many = rows or fitting(head)
     pieces = zip(torch.split(flat, many), torch.split(wanted, many), strict=True)
     if torch.is_grad_enabled():
         found = [checkpoint(part, h, t, use_reentrant=False) for h, t in pieces]
@@ -42,7 +42,8 @@ def token_losses(
     return torch.cat(found).view(targets.shape)
 
 
-def _rows(head: Callable[[Tensor], Tensor]) -> int:
+def fitting(head: Callable[[Tensor], Tensor]) -> int:
+    """Tokens whose logits are held at a time: `LOGITS` of them, or 1024 rows of unknown width."""
     width = getattr(head, "out_features", None)
     return max(256, LOGITS // width) if isinstance(width, int) else 1024
 

@@ -210,6 +210,16 @@ def test_parts_add_up():
     assert figures["tokens"] == int(t.rollout.mask.sum())
 
 
+def test_tokens_are_counted_beyond_2_to_the_24():
+    t = task()
+    t.drawing.generated = 2**25
+    batch = t.batch(0)
+    assert t.drawing.generated > 2**25
+    for parts in (1, 5):
+        _, metrics = gradients(t, batch, parts)
+        assert metrics["generated"] == pytest.approx(t.drawing.generated, abs=1e-6)
+
+
 def test_first_gradient_is_the_policy_gradient():
     """From the model's own logits: minus the mean over tokens of advantage x grad logp."""
     t = task(settings(adapt=Full(), temperature=0.7))

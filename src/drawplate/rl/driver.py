@@ -35,7 +35,7 @@ from drawplate.rl.critic import Head
 from drawplate.rl.drawing import Drawing
 from drawplate.rl.judge import Step, Verify
 from drawplate.rl.params import Finetune
-from drawplate.rl.play import Play
+from drawplate.rl.play import Play, tensors_of
 from drawplate.rl.policy import judge, look, spread
 from drawplate.rl.rollout import Rollout, join
 from drawplate.rl.sampling import Start
@@ -121,7 +121,7 @@ class Reinforce:
             "limit": torch.tensor(mine.limit),
             "rows": torch.tensor(count),
             "count": mine.mask.sum().cpu(),
-            **{f"figure/{name}": torch.tensor(value) for name, value in self.figures.items()},
+            **tensors_of(self.figures),
         }
 
     def loss(
@@ -138,7 +138,7 @@ class Reinforce:
         tokens = part["count"]
         sums = {**self.loss_of.metrics(rollout), "entropy": entropy.sum()}
         metrics = {name: v / tokens for name, v in sums.items()}
-        share = len(rollout.group) / part["rows"]
+        share = len(rollout.group) / part["rows"].double()
         for name in self.figures:
             metrics[name] = part[f"figure/{name}"] * share
         return value, metrics | {"tokens": rollout.mask.sum()}

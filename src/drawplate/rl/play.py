@@ -112,7 +112,7 @@ class Play:
             "mask": mask,
             "rows": torch.tensor(len(chosen)),
             "count": mask.sum(),
-            **{f"figure/{name}": torch.tensor(value) for name, value in self.figures.items()},
+            **tensors_of(self.figures),
         }
 
     def loss(
@@ -121,7 +121,7 @@ class Play:
         """Minus the mean log-probability of the batch's tokens, these rows' share of it."""
         model.eval()  # what is learned is the policy that is sampled from, without dropout
         logp, entropy = judge(cast("PreTrainedModel", model), part["tokens"], part["mask"], 1.0)
-        share = len(part["tokens"]) / part["rows"]
+        share = len(part["tokens"]) / part["rows"].double()
         metrics = {name: part[f"figure/{name}"] * share for name in self.figures}
         metrics |= {"entropy": entropy.sum() / part["count"], "tokens": part["mask"].sum()}
         return -logp.sum() / part["count"], metrics
@@ -297,6 +297,12 @@ class Play:
             tokens[row, :last] = torch.tensor(prompt + rest)
             mask[row, len(prompt) : last] = True
         return tokens, mask
+
+
+def tensors_of(figures: Mapping[str, float]) -> dict[str, Tensor]:
+    """Figures as entries of a batch, in 64 bits: 32 count tokens to 2^24 only."""
+    wide = torch.float64
+    return {f"figure/{name}": torch.tensor(value, dtype=wide) for name, value in figures.items()}
 
 
 def _prove(statement: str) -> str:

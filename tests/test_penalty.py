@@ -29,6 +29,12 @@ def test_finite_however_far_the_policy_has_moved(method):
 
 
 @law(Penalty)
+def test_a_batch_without_tokens_is_held_nowhere(method):
+    r = rollout(mask=torch.zeros_like(rollout().mask))
+    assert not method.where(r).any()
+
+
+@law(Penalty)
 def test_pulls_back_to_the_start(method):
     """Descending on the penalty alone ends at the reference."""
     r = rollout()

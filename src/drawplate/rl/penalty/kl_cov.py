@@ -36,7 +36,8 @@ class KlCov(Penalty):
         """[B, T]: 1 at the tokens of the largest covariance."""
         advantage, old = rollout.advantage[rollout.mask], rollout.old[rollout.mask]
         covariance = (advantage - advantage.mean()) * (old - old.mean())
-        largest = covariance.topk(max(1, int(self.share * len(covariance)))).indices
+        count = max(1, int(self.share * len(covariance)))
+        largest = covariance.topk(min(count, len(covariance))).indices
         held = zeros_like(covariance).scatter(0, largest, 1.0)
         return zeros_like(rollout.old).masked_scatter(rollout.mask, held)
 

@@ -621,10 +621,14 @@ def device_called(name: str) -> Any:
     """The device of this name.
 
     Raises:
-        UserError: torch knows no such device, or this machine lacks it.
+        UserError: torch knows no such device, this machine lacks it, or it has no 64-bit numbers.
     """
     import torch
 
+    if name.startswith("mps"):
+        raise UserError(
+            f"execution.device {name!r} has no 64-bit numbers, which sums need; use cpu"
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

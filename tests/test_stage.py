@@ -24,7 +24,7 @@ from drawplate.core.errors import Exhausted, UserError
 from drawplate.core.method import Frozen
 from stages import STAGES
 from stages.quiet import guarded
-from stages.run import Execution, Run, Stage, command
+from stages.run import Execution, Run, Stage, command, device_of
 from tests import faults
 
 
@@ -316,6 +316,12 @@ def test_figures_that_cannot_be_written_are_said_before_the_output_is_there(
         assert guarded(lambda c=call, n=note: stage(*c, execution=quiet, **n)) == 2
         assert str(tmp_path / wrong.split("/")[0]) in capsys.readouterr().err.splitlines()[-1]
         assert not call[2].exists()
+
+
+def test_a_device_without_64_bit_numbers_is_refused(tmp_path):
+    run = Run(tmp_path, tmp_path, Execution(device="mps:0"), "toy")
+    with pytest.raises(UserError, match=r"execution\.device 'mps:0' has no 64-bit numbers"):
+        device_of(run)
 
 
 def test_a_folder_below_a_file_is_one_line(tmp_path, source, capsys):

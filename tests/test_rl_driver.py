@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GraniteConfig
 
 from drawplate.core.errors import UserError
+from drawplate.core.seeds import generator
 from drawplate.pretrain.position.clex import Clex
 from drawplate.rl.adapt.full import Full
 from drawplate.rl.adapt.lora import Lora
@@ -156,6 +157,18 @@ def test_every_prompt_once_an_epoch():
     for epoch in range(3):
         seen = [t._prompt(epoch * 5 + place) for place in range(5)]
         assert sorted(seen) == list(range(5))
+
+
+def test_prompts_are_shuffled_once_an_epoch(monkeypatch):
+    drawn, inner = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *a, **k: drawn.append(1) or inner(*a, **k))
+    t = task(settings(seed=4321))
+    places = [t._prompt(place) for place in range(15)]
+    assert len(drawn) == 3
+    assert places == [
+        int(inner(5, generator=generator(4321, "prompts", place // 5))[place % 5])
+        for place in range(15)
+    ]
 
 
 @pytest.mark.parametrize("updates", [1, 3])

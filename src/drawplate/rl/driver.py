@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -373,8 +374,7 @@ class Reinforce:
     def _prompt(self, place: int) -> int:
         """Which prompt stands at `place` of an endless series of shuffles."""
         epoch, offset = divmod(place, len(self.prompts))
-        shuffle = generator(self.how.seed, "prompts", epoch)
-        return int(torch.randperm(len(self.prompts), generator=shuffle)[offset])
+        return _shuffle(len(self.prompts), self.how.seed, epoch)[offset]
 
     @contextmanager
     def _started(self) -> Iterator[None]:
@@ -451,6 +451,12 @@ def finetune(
         last = {**outcome.last, "solved_heldout": task.solved(how.steps)}
         outcome = replace(outcome, last=last)
     return outcome
+
+
+@lru_cache(maxsize=4)  # answers that go on may be of earlier epochs
+def _shuffle(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of the prompts in an epoch."""
+    return torch.randperm(count, generator=generator(seed, "prompts", epoch)).tolist()
 
 
 def _unverified(step: Step) -> float:

@@ -13,6 +13,7 @@ from drawplate.core.errors import DrawplateError, NotFinite, UserError
 from drawplate.core.hf import blocks, load, save, stored_bytes
 from drawplate.core.method import leaves
 from drawplate.edits import low_rank as low_rank_edit
+from drawplate.quantize.driver import Quantize, quantize
 from tests import tiny
 
 SPECS = {
@@ -316,6 +317,18 @@ def test_head(tmp_path, name):
     assert all(row.path != "lm_head" for row in run(plain, SPECS[name], 0.3).rows)
     with pytest.raises(UserError, match=r"compress\.head: the output head shares"):
         run(tiny.model(), head=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_untied"])
+def test_the_head_of_a_model_whose_embedding_is_quantized(kind):
+    model = tiny.model(kind)
+    left = ["*_proj"] if kind == "llama" else ["*_proj", "lm_head"]
+    quantize(model, tiny.tokens(), Quantize(overrides=dict.fromkeys(left)))
+    if kind == "llama":
+        with pytest.raises(UserError, match=r"compress\.head: the output head shares"):
+            compress(model, tiny.tokens(), Compress(head=True))
+    else:
+        assert compress(model, tiny.tokens(), Compress(head=True)).rows[-1].path == "lm_head"
 
 
 def test_hand_over():

@@ -42,6 +42,7 @@ from drawplate.core.method import Frozen, OneOf
 from drawplate.core.progress import Watch, silent
 from drawplate.core.stats import Stats
 from drawplate.edits.low_rank import edited, full_rank
+from drawplate.edits.quantized_embedding import is_tied
 from drawplate.train.loop import fingerprint
 
 T = TypeVar("T")
@@ -187,7 +188,7 @@ def _targets(model: PreTrainedModel, params: Compress) -> dict[str, nn.Module]:
     }
     if params.head:
         head = cast("Any", model).get_output_embeddings()
-        if edits.matrix(head) is cast("Any", model).get_input_embeddings().weight:
+        if is_tied(model):
             raise UserError("compress.head: the output head shares the embedding's weights")
         found |= {path: module for path, module in model.named_modules() if module is head}
     for pattern in params.exclude:

@@ -13,6 +13,7 @@ from drawplate.core.errors import DrawplateError, NotFinite, UserError
 from drawplate.core.hf import blocks, load, save, stored_bytes
 from drawplate.core.method import leaves
 from drawplate.edits import low_rank as low_rank_edit
+from drawplate.edits.quantized import QuantizedLinear
 from drawplate.quantize.driver import Quantize, quantize
 from tests import tiny
 
@@ -388,6 +389,33 @@ def test_a_head_of_factors_stays_where_it_is_not_asked_for():
     kept = copy.deepcopy(model.lm_head)
     run(model, ratio=0.1)
     assert same(model.lm_head, kept)
+
+
+@pytest.mark.parametrize("name", ["low_rank", "low_rank_sparse", "shared", "columns", "sparse"])
+def test_a_compressed_head_is_never_made_dense_again(name):
+    """Later stages keep its kind and add no bytes, or refuse."""
+    first = tiny.model("llama_untied")
+    run(first, SPECS.get(name, {"name": name}), 0.3, head=True)
+    kind, size = type(first.lm_head), edits.weight_bytes(first.lm_head)
+    assert issubclass(kind, edits.StandIn)
+
+    def pack(model, **fields):
+        quantize(model, tiny.tokens(), Quantize(**fields))
+
+    model = copy.deepcopy(first)
+    if name == "sparse":
+        pack(model)
+        assert isinstance(model.lm_head, QuantizedLinear)
+        assert int(model.lm_head.keep().sum()) == first.lm_head.values.numel()
+        assert edits.weight_bytes(model.lm_head) < size
+    else:
+        with pytest.raises(UserError, match=r"lm_head: the output head is a .*\{lm_head: null\}"):
+            pack(model)
+        assert same(model, first)
+        pack(model, overrides={"lm_head": None})
+        assert same(model.lm_head, first.lm_head)
+    with pytest.raises(UserError, match=r"already(.*cannot follow|, .*compress\.head$)"):
+        run(first, SPECS["sparse"], 0.1, head=True)
 
 
 def test_a_broken_promise_is_refused_before_work():

@@ -190,7 +190,9 @@ def _targets(model: PreTrainedModel, params: Compress) -> dict[str, nn.Module]:
         head = cast("Any", model).get_output_embeddings()
         if is_tied(model):
             raise UserError("compress.head: the output head shares the embedding's weights")
-        found |= {path: module for path, module in model.named_modules() if module is head}
+        (path,) = (path for path, module in model.named_modules() if module is head)
+        edits.require_editable(path, head, "leave out compress.head", params.method.whole)
+        found[path] = head
     for pattern in params.exclude:
         if not any(fnmatch(path, pattern) for path in found):
             raise UserError(

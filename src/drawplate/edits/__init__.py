@@ -301,6 +301,24 @@ def still(model: nn.Module, earlier: tuple[Edit, ...]) -> None:
     check(model)
 
 
+def editable(module: nn.Module, whole: bool = False) -> bool:
+    """Whether `module` is one of `linears`, or could be were it not the output head."""
+    from drawplate.edits.low_rank import edited
+    from drawplate.edits.sparse import SparseLinear
+
+    known = plain(module) or isinstance(module, SparseLinear)
+    return known or (whole and edited(module) is False)
+
+
+def require_editable(path: str, head: nn.Module, remedy: str, whole: bool = False) -> None:
+    """Raises `UserError` for a head whose next edit would start again from the dense matrix."""
+    if isinstance(head, StandIn) and not editable(head, whole):
+        raise UserError(
+            f"{path}: the output head is a {type(head).__name__} already, which would be made "
+            f"dense again; {remedy}"
+        )
+
+
 def linears(model: nn.Module, whole: bool = False) -> dict[str, nn.Module]:
     """The linear layers that may still be edited, by path: plain ones and sparse stand-ins.
 
@@ -308,8 +326,6 @@ def linears(model: nn.Module, whole: bool = False) -> dict[str, nn.Module]:
     output head are not. With `whole`, two plain factors are the one layer that they amount to.
     """
     from drawplate.edits.adapter import Adapted
-    from drawplate.edits.low_rank import edited
-    from drawplate.edits.sparse import SparseLinear
 
     found: dict[str, nn.Module] = {}
     head = cast("Any", model).get_output_embeddings() if hasattr(model, "config") else None
@@ -319,8 +335,7 @@ def linears(model: nn.Module, whole: bool = False) -> dict[str, nn.Module]:
             where = f"{path}.{name}" if path else name
             if child is head:
                 continue
-            known = plain(child) or isinstance(child, SparseLinear)
-            if known or (whole and edited(child) is False):
+            if editable(child, whole):
                 found[where] = child
             elif isinstance(child, Adapted):
                 continue

@@ -130,7 +130,7 @@ def quantize(
 
     Raises:
         UserError: there is nothing to quantize, an override matches nothing, the embedding is no
-            plain table, or a layer with a mask would be rotated.
+            plain table, a layer with a mask would be rotated, or a compressed head made dense.
         NotFinite: a weight or an activation is NaN or infinite.
     """
     before, wide = stored_bytes(model), set(_wide(model))
@@ -147,6 +147,9 @@ def quantize(
     widths = {path: params.width(path, usual.get(path, params.bits)) for path in targets}
     if table_bits is not None:
         _require_plain(table, edits.submodule(model, table))
+    if head is not None and head_bits is not None:
+        remedy = f"leave it out by quantize.overrides: {{{head}: null}}"
+        edits.require_editable(head, edits.submodule(model, head), remedy)
     _refuse(model, params, {path: bits for path, bits in widths.items() if bits is not None})
     chosen = _allocate(model, tokens, params, batch)
     if work is not None:

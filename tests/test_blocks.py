@@ -78,6 +78,17 @@ def test_statistics_are_those_of_a_plain_forward_pass(kind, attention):
         torch.testing.assert_close(stats.peak.double(), x.abs().amax(0), **close)
 
 
+def test_statistics_are_gathered_of_wanted_layers_alone():
+    wanted, seen = {"model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"}, []
+
+    def visit(number, sites):
+        seen.extend(site.path for site in sites)
+        return Outcome([], [])
+
+    walk(tiny.model(), tiny.tokens(), PARTS, visit, Row, wanted=wanted)
+    assert set(seen) == wanted
+
+
 def test_layers_with_one_input_share_one_record():
     seen = {}
 

@@ -304,6 +304,17 @@ def test_exclude():
         run(tiny.model(), exclude=("*",))
 
 
+@pytest.mark.parametrize("spec", ["low_rank", "sparse", "lamp", "shared"])
+def test_a_layer_that_is_never_used_may_be_left_out(spec):
+    model = tiny.model()
+    model.model.layers[1].mlp.spare = torch.nn.Linear(32, 32)
+    spec = SPECS.get(spec, {"name": spec})
+    if spec != SPECS["lamp"]:  # which reads no inputs before it solves
+        with pytest.raises(UserError, match=r"spare: .* leave it out by compress\.exclude"):
+            run(copy.deepcopy(model), spec, 0.1)
+    assert not any("spare" in row.path for row in run(model, spec, 0.1, exclude=("*.spare",)).rows)
+
+
 @pytest.mark.parametrize("name", ["low_rank", "lamp", "sparsegpt"])
 def test_head(tmp_path, name):
     model = tiny.model("llama_untied")

@@ -1,5 +1,6 @@
 """The quantize driver: everything is found, counted to the byte, resumable, and loads again."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -271,6 +272,17 @@ def test_overrides():
     assert ledger.kept == ("model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj")
     for path, bits in widths.items():
         assert model.get_submodule(path).bits == bits
+
+
+def test_layers_that_stay_are_not_calibrated():
+    model = tiny.model()
+    model.model.layers[1].mlp.spare = torch.nn.Linear(32, 32)
+    with pytest.raises(UserError, match=r"spare: .*never used.*quantize\.overrides"):
+        quantize(copy.deepcopy(model), tiny.tokens(), NEAREST)
+    ledger = quantize(
+        model, tiny.tokens(), NEAREST.model_copy(update={"overrides": {"*.spare": None}})
+    )
+    assert ledger.kept == ("model.layers.1.mlp.spare",)
 
 
 def test_one_group_a_row():

@@ -101,7 +101,11 @@ def compress(
     before = stored_bytes(model)
     own = sum(edits.weight_bytes(module) for module in targets.values())
     budget = floor((1 - params.ratio) * before) - (before - own)
-    through = partial(walk, model, tokens, head=params.head, whole=method.whole, batch=batch)
+    prefix, _ = blocks(model)
+    head = any(_block(path, prefix) < 0 for path in targets)
+    through = partial(
+        walk, model, tokens, wanted=targets, head=head, whole=method.whole, batch=batch
+    )
     survey = partial(_survey, through, model, method, targets, _shifted(watch, 0))
     solver: Layerwise | joint.Shares
     if isinstance(method, joint.Joint):
@@ -116,12 +120,11 @@ def compress(
 
     def visit(number: int, sites: list[Site]) -> Outcome[Row]:
         started = perf_counter()
-        chosen = [site for site in sites if site.path in targets]
-        solved = solver.changes(chosen, plan)
-        seconds = (perf_counter() - started) / max(len(chosen), 1)
+        solved = solver.changes(sites, plan)
+        seconds = (perf_counter() - started) / max(len(sites), 1)
         changes = [change for each in solved for change in each.changes]
         new = {path: weight for each in solved for path, weight in each.weights.items()}
-        rows = [_row(number, site, plan, changes, new, seconds) for site in chosen]
+        rows = [_row(number, site, plan, changes, new, seconds) for site in sites]
         return Outcome(changes, rows)
 
     needs = method.reads() | {"gram"}
@@ -221,7 +224,7 @@ def _survey(
     found: list[T] = []
 
     def visit(number: int, sites: list[Site]) -> Outcome[Row]:
-        found.extend(look(number, [site for site in sites if site.path in targets]))
+        found.extend(look(number, sites))
         return Outcome([], [])
 
     needs = method.surveys()

@@ -6,7 +6,7 @@ work folder, every finished block is published there and a run that starts again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from inspect import Signature, signature
 from pathlib import Path
@@ -58,6 +58,7 @@ def walk(
     visit: Visit[Row],
     row: type[Row],
     *,
+    wanted: Container[str] | None = None,
     head: bool = False,
     whole: bool = False,
     batch: int = 8,
@@ -72,6 +73,7 @@ def walk(
         needs: parts of `Stats` to gather (none gathered where it is empty).
         visit: block number and its sites -> changes and ledger rows; number -1 is the output head.
         row: type of a ledger row.
+        wanted: paths of the blocks' layers that `visit` is given; None: all.
         head: whether the output head, if it has weights of its own, is visited too.
         whole: whether two plain factors are one linear layer.
         batch: rows that run together.
@@ -79,7 +81,8 @@ def walk(
         watch: told after each block.
 
     Raises:
-        UserError: too few calibration rows, or a model that has no list of blocks.
+        UserError: too few calibration rows, a model that has no list of blocks, or a layer that
+            no row reaches.
         NotFinite: an activation is NaN or infinite.
     """
     if tokens.ndim != 2 or not len(tokens):
@@ -92,7 +95,8 @@ def walk(
         done = _resume(model, work, number, row)
         if done is None:
             layers_now = edits.linears(model, whole)
-            paths = [path for path in layers_now if path.startswith(f"{prefix}.{number}.")]
+            inside = [path for path in layers_now if path.startswith(f"{prefix}.{number}.")]
+            paths = [path for path in inside if wanted is None or path in wanted]
             sites, outputs = _gather(model, block, paths, hidden, calls[number], needs)
             outcome = visit(number, sites)
             _apply(model, outcome, work, number)
@@ -226,7 +230,9 @@ def _gather(
     unused = [path for path in paths if path not in stats]
     if unused:
         raise UserError(
-            f"{unused[0]}: the forward pass never used this layer, so it cannot be calibrated"
+            f"{unused[0]}: the forward pass never used this layer, so it cannot be calibrated; "
+            f"leave it out by compress.exclude: [{unused[0]!r}] or "
+            f"quantize.overrides: {{{unused[0]!r}: null}}"
         )
     return [Site(path, modules[path], stats[path]) for path in paths], outputs
 

@@ -144,13 +144,14 @@ def quantize(
                 f"quantize.overrides: {glob!r} matches no layer; they are named like {targets[0]}"
             )
     usual = {table: params.vocabulary, head: params.vocabulary}
-    widths = {path: params.width(path, usual.get(path, params.bits)) for path in targets}
+    each = ((path, params.width(path, usual.get(path, params.bits))) for path in targets)
+    widths = {path: bits for path, bits in each if bits is not None}
     if table_bits is not None:
         _require_plain(table, edits.submodule(model, table))
     if head is not None and head_bits is not None:
         remedy = f"leave it out by quantize.overrides: {{{head}: null}}"
         edits.require_editable(head, edits.submodule(model, head), remedy)
-    _refuse(model, params, {path: bits for path, bits in widths.items() if bits is not None})
+    _refuse(model, params, widths)
     chosen = _allocate(model, tokens, params, batch)
     if work is not None:
         work = work / _fingerprint(model, tokens, params)
@@ -161,12 +162,10 @@ def quantize(
         layers.append(layer)
 
     def visit(number: int, sites: list[Site]) -> Outcome[Layer]:
-        usual = params.bits if number >= 0 else head_bits
         together: dict[tuple[int, Bits], list[Site]] = {}
         for site in sites:
-            bits = chosen.get(site.path) or params.width(site.path, usual)
-            if bits is not None:
-                together.setdefault((id(site.stats), bits), []).append(site)
+            bits = chosen.get(site.path) or widths[site.path]
+            together.setdefault((id(site.stats), bits), []).append(site)
         solved = [_solve(model, some, bits, params) for (_, bits), some in together.items()]
         return Outcome([c for s in solved for c in s.changes], [r for s in solved for r in s.rows])
 
@@ -176,6 +175,7 @@ def quantize(
         params.round.needs | params.rotate.needs | {"gram"},
         visit,
         Layer,
+        wanted=widths,
         head=head_bits is not None,
         batch=batch,
         work=work,

@@ -452,6 +452,15 @@ def test_tokens_must_be_rows():
         compress(tiny.model(), torch.ones(4, dtype=torch.long), Compress())
 
 
+def test_rows_longer_than_the_model_reads_are_refused():
+    for stage in (compress, quantize):
+        params = Compress() if stage is compress else Quantize()
+        name = rf"{stage.__name__}\.calibration\.length: rows of 65 tokens.* at most 64"
+        with pytest.raises(UserError, match=name):
+            stage(tiny.model("gpt2"), tiny.tokens(2, 65), params)
+        stage(tiny.model("gpt2"), tiny.tokens(2, 64), params)
+
+
 def test_bfloat16():
     model = tiny.model().bfloat16()
     before = stored_bytes(model)

@@ -21,6 +21,7 @@ from drawplate.compress.recover import (
 )
 from drawplate.core.batches import IGNORE, Batch
 from drawplate.core.corpus import Corpus, write_facts, write_stream
+from drawplate.core.errors import UserError
 from drawplate.core.hf import stored_bytes
 from drawplate.train.language import named
 from tests import tiny
@@ -308,6 +309,12 @@ def test_the_same_call_again_finds_its_work_done(tmp_path, corpus):
     assert outcome.steps == 2
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert "divergence" in outcome.last
+
+
+def test_rows_longer_than_the_model_reads_are_refused(tmp_path, corpus):
+    model, parent = pair()
+    with pytest.raises(UserError, match=r"compress\.recover\.length: rows of 65 .* at most 64"):
+        recover(model, parent, corpus, settings(length=65), tmp_path)
 
 
 def test_params_are_checked():

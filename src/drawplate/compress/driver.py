@@ -35,6 +35,7 @@ from drawplate.compress.residual import Residual
 from drawplate.compress.stream import narrow
 from drawplate.core.artifact import kept_whole, publish
 from drawplate.core.blocks import Outcome, Site, walk
+from drawplate.core.calibration import require_room
 from drawplate.core.errors import UserError
 from drawplate.core.hf import blocks, stored_bytes
 from drawplate.core.linalg import output_error
@@ -82,10 +83,12 @@ def compress(
         batch: calibration rows that run together.
 
     Raises:
-        UserError: the ratio cannot be reached, an option has no effect, an earlier edit forbids it.
+        UserError: the ratio cannot be reached, an option has no effect, an earlier edit forbids it,
+            rows are longer than the model reads.
         NotFinite: weights or activations are NaN or infinite.
     """
     refuse(model, params)
+    require_room(model, "compress.calibration.length", tokens.shape[-1])
     method = params.method
     if work is not None:
         work = work / _fingerprint(model, tokens, params)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from drawplate import edits
 from drawplate.core.batches import IGNORE, Mix, Rows, Share
-from drawplate.core.calibration import TextCorpus
+from drawplate.core.calibration import TextCorpus, require_room
 from drawplate.core.corpus import Corpus
 from drawplate.core.method import Frozen
 from drawplate.core.progress import Watch, silent
@@ -150,10 +150,12 @@ def recover(
     All processes of `world` hold whole models and share out the rows.
 
     Raises:
-        UserError: the corpus has no problems, or too little text for the rows.
+        UserError: the corpus has no problems, too little text for the rows, or rows are longer than
+            the model reads.
         NotFinite: training diverged and the guard gave up.
     """
     check_head(model)
+    require_room(model, "compress.recover.length", params.length)
     share = params.problems
     if share is None:
         share = 0.0 if isinstance(corpus, TextCorpus) else 0.5

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from drawplate.core.batches import Share
 from drawplate.core.corpus import Corpus, Stream, token_type
@@ -82,6 +82,13 @@ def open_corpus(path: Path, tokenizer: Any, text: bool = True) -> Corpus | TextC
             f"{', or give plain text' if text else ''}"
         )
     return corpus
+
+
+def require_room(model: nn.Module, name: str, length: int) -> None:
+    """Raises `UserError` naming the parameter `name` where rows are longer than the model reads."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise UserError(f"{name}: rows of {length} tokens, the model reads at most {context}")
 
 
 def _uniform() -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from drawplate import edits
 from drawplate.core.blocks import Outcome, Site, walk
+from drawplate.core.calibration import require_room
 from drawplate.core.errors import UserError
 from drawplate.core.hf import stored_bytes
 from drawplate.core.linalg import output_error, require_finite
@@ -130,9 +131,11 @@ def quantize(
 
     Raises:
         UserError: there is nothing to quantize, an override matches nothing, the embedding is no
-            plain table, a layer with a mask would be rotated, or a compressed head made dense.
+            plain table, a layer with a mask would be rotated, a compressed head made dense, or rows
+            are longer than the model reads.
         NotFinite: a weight or an activation is NaN or infinite.
     """
+    require_room(model, "quantize.calibration.length", tokens.shape[-1])
     before, wide = stored_bytes(model), set(_wide(model))
     table, head, tied = _vocabulary(model)
     table_bits = params.width(table, params.vocabulary)

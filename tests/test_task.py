@@ -70,6 +70,13 @@ def test_unique_and_disjoint_from_skipped(method: Task) -> None:
     assert len(set(prompts)) == len(prompts) == len({p.id for p in held + rest}) == 2 * SIZE
 
 
+def test_few_problems_beside_many_skipped_ones() -> None:
+    method = LEAVES["chain_sum"]()
+    held = method.problems(500, 0)
+    rest = method.problems(5, 0, skip=frozenset(p.id for p in held))
+    assert held + rest == method.problems(505, 0)
+
+
 @law(Task)
 def test_problem_survives_json(method: Task) -> None:
     (problem,) = method.problems(1, 3)

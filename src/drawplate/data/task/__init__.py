@@ -128,7 +128,7 @@ class Task(Method):
         start = int.from_bytes(sha256(f"{self.name} {seed}".encode()).digest()[:6])
         source = self._source(start)
         found: dict[str, Problem] = {}
-        for index in range(_DRAWS * size):
+        for index in range(_DRAWS * (size + len(skip))):
             if len(found) == size:
                 break
             problem = self._problem(source[index])
@@ -136,7 +136,7 @@ class Task(Method):
                 found.setdefault(problem.id, problem)
         if len(found) < size:
             raise UserError(
-                f"data.tasks {self.name}: {size} different problems wanted, {len(found)} found; "
+                f"prepare.tasks {self.name}: {size} different problems wanted, {len(found)} found; "
                 "widen the task's ranges or ask for fewer"
             )
         return list(found.values())

@@ -1,9 +1,12 @@
 import gzip
 import math
+import random
+import tracemalloc
 from collections import Counter
 
 import pytest
 
+from drawplate.data import baselines
 from drawplate.data.baselines import bigram_bits, gzip_bits
 
 TRAIN = ["abab é", "abc", ""]
@@ -30,6 +33,25 @@ def test_bigram_by_hand():
             before = byte
         found.append(bits)
     assert bigram_bits(TRAIN, HELD) == pytest.approx(found, rel=1e-12)
+
+
+def test_bigram_counts_texts_some_at_a_time(monkeypatch):
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abé", k=draw.randrange(9))) for _ in range(50)]
+    found = []
+    for at_once in (1, 7, 2**20):
+        monkeypatch.setattr(baselines, "_AT_ONCE", at_once)
+        found.append(bigram_bits(texts, HELD))
+    assert found[0] == found[1] == found[2]
+
+
+def test_bigram_needs_memory_for_a_part_of_the_texts():
+    texts = ["ab" * 2**17] * 64
+    tracemalloc.start()
+    bigram_bits(texts, HELD)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 * sum(map(len, texts))
 
 
 def test_bigram_without_knowledge_is_eight_bits():

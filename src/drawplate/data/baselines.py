@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
+from itertools import accumulate, groupby
 
 import numpy as np
 from numpy.typing import NDArray
+
+_AT_ONCE = 2**20
+"""Signs of training text whose pairs are counted together: pairs take 16 bytes each."""
 
 
 def gzip_bits(texts: Sequence[str]) -> float:
@@ -26,9 +30,14 @@ def bigram_bits(training: Sequence[str], heldout: Sequence[str]) -> list[float]:
     Counts come from the training texts; the first byte of a text follows 0xFF, which UTF-8 never
     uses.
     """
-    flat = np.concatenate([_pairs(text) for text in training])
-    counts = np.bincount(flat, minlength=256 * 256).reshape(256, 256)
-    bits = np.log2(counts.sum(axis=1, keepdims=True) + 256) - np.log2(counts + 1)
+    counts = np.zeros(256 * 256, np.int64)
+    ends = accumulate(map(len, training))
+    for _, some in groupby(zip(ends, training, strict=True), lambda pair: pair[0] // _AT_ONCE):
+        counts += np.bincount(
+            np.concatenate([_pairs(text) for _, text in some]), minlength=len(counts)
+        )
+    table = counts.reshape(256, 256)
+    bits = np.log2(table.sum(axis=1, keepdims=True) + 256) - np.log2(table + 1)
     return [float(bits.ravel()[_pairs(text)].sum()) for text in heldout]
 
 

@@ -136,17 +136,20 @@ def test_a_package_file_that_cannot_be_parsed_is_one_bad_record(
     info = site / "gamma-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gamma\nVersion: 1\n")
-    names = [*bad, "gone.py", "surrogate.py", "escape.py"]
+    names = [*bad, "gone.py", "surrogate.py", "escape.py", "long.py"]
     (info / "RECORD").write_text("".join(f"gamma/{name},,\n" for name in names))
     for name, raw in bad.items():
         (site / "gamma" / name).write_bytes(raw)
     (site / "gamma" / "surrogate.py").write_text('"""half \\ud800"""\n')
     (site / "gamma" / "escape.py").write_text('"""odd \\d escape"""\n')
+    chain = "if a:\n    pass\n" + "elif a:\n    pass\n" * 2000
+    (site / "gamma" / "long.py").write_text(f'"""text"""\n{chain}else:\n    def f(): "text"\n')
     monkeypatch.syspath_prepend(site)
     source = leaves(Source)["docstrings"](packages=("gamma",))
     records = list(source.read(PLENTY))
-    assert len(records) == len(names)
-    assert [d.file for d in documents(source)] == ["gamma/escape.py"]
+    assert len(records) == len(names) + 1
+    read = ["gamma/escape.py", "gamma/long.py", "gamma/long.py"]
+    assert [d.file for d in documents(source)] == read
     wrong = {r.file: r for r in records if isinstance(r, Bad)}
     assert wrong.keys() == {f"gamma/{name}" for name in [*bad, "gone.py"]}
     assert wrong["gamma/syntax.py"].line == 3

@@ -85,16 +85,21 @@ def _docstrings(file: str, place: Path) -> Iterator[Record]:
         reason = error.args[0] if error.args else "nested too deeply"
         yield Bad(f"cannot be parsed: {reason}", file, line)
     else:
-        for owner in (tree, *_owners(tree)):
+        for owner in _owners(tree):
             text = ast.get_docstring(owner)
             if text is not None:
                 yield Document(text, file, owner.body[0].lineno)
 
 
-def _owners(block: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Classes and functions inside `block`, statement by statement; expressions are not entered."""
-    for child in ast.iter_child_nodes(block):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield child
-        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
-            yield from _owners(child)
+_Owner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _owners(tree: ast.Module) -> Iterator[_Owner]:
+    """The module, its classes and functions, line by line; expressions are not entered."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:  # a stack, since thousands of `elif` nest as deep
+        block = waiting.pop()
+        if isinstance(block, _Owner):
+            yield block
+        if isinstance(block, ast.mod | ast.stmt | ast.excepthandler | ast.match_case):
+            waiting += reversed([*ast.iter_child_nodes(block)])

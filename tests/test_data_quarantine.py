@@ -159,6 +159,15 @@ def test_good_json_line(tmp_path, name):
     assert [record.text for record in verdicts(Jsonl(files=f"{tmp_path}/*"))] == [text, text]
 
 
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_whole_numbers_may_have_any_length(tmp_path, sign):
+    number = sign + "1" * 5000
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "x": {number}}}\n{{"text": {number}}}\n')
+    good, bad = verdicts(Jsonl(files=f"{tmp_path}/*"), 10_000)
+    assert good.text == "a"
+    assert bad.reason == "field 'text' is a number, not a string"
+
+
 @pytest.mark.parametrize("name", TEXT_FILES)
 def test_bad_text_file(tmp_path, name):
     raw, reason = TEXT_FILES[name]

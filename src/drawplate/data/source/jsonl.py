@@ -53,7 +53,11 @@ class Jsonl(FileSource):
             raise ValueError(f"not JSON we read: nested deeper than {_DEEPEST}")
         try:
             record = json.loads(
-                line, object_pairs_hook=_unique, parse_constant=_number, parse_float=_number
+                line,
+                object_pairs_hook=_unique,
+                parse_constant=_number,
+                parse_float=_number,
+                parse_int=len,  # any number will do; Python refuses to read very long ones
             )
         except ValueError as error:
             raise ValueError(f"not JSON we read: {error}") from None

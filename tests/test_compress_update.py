@@ -213,6 +213,15 @@ def test_refit_of_dead_inputs_without_damping():
     assert torch.equal(found[:, 7], weight[:, 7])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_refit_without_any_input_or_damping_changes_nothing(dtype):
+    weight = layer()[0].to(dtype)
+    keep = mask(*layer())
+    dead = Stats(count=40, gram=torch.zeros(8, 8, dtype=dtype))
+    found = leaves(Update)["refit"](damping=0).solve(weight, keep, dead)
+    assert torch.equal(found, weight.where(keep, 0))
+
+
 def test_refit_with_fewer_tokens_than_inputs():
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weight, stats = layer()[0], stats_of(x)

@@ -36,7 +36,8 @@ class Refit(Update):
     def solve(self, weight: Tensor, keep: Tensor, stats: Stats) -> Tensor:
         """[O, I], bool [O, I] -> [O, I]."""
         gram = damped(stats.gram, self.damping).to(weight.dtype)
-        scale = gram.diagonal().clamp(min=gram.diagonal().max() * 1e-12).reciprocal() * keep
+        least = (gram.diagonal().max() * 1e-12).clamp(min=torch.finfo(gram.dtype).tiny)
+        scale = gram.diagonal().clamp(min=least).reciprocal() * keep
         now = weight.where(keep, 0)
         residual = (weight - now) @ gram
         direction = residual * scale

@@ -40,8 +40,9 @@ class Repeat(NamedTuple):
 class Duplicates(Frozen):
     """When two texts count as the same."""
 
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Least Jaccard similarity of two near-duplicates."""
+    threshold: Annotated[float, Field(ge=0.07, le=1)] = 0.8
+    """Least Jaccard similarity of two near-duplicates; for less, the candidates would not hold
+    99 % of them."""
     window: PositiveInt = 5
     """Words in a window; a shorter text is one window."""
 
@@ -81,8 +82,7 @@ class Duplicates(Frozen):
 
     def _bands(self) -> tuple[int, int]:
         shapes = [(_SIGNATURE // rows, rows) for rows in range(1, _SIGNATURE // 2 + 1)]
-        found = [(b, r) for b, r in shapes if 1 - (1 - self.threshold**r) ** b >= _RECALL]
-        return found[-1] if found else shapes[0]
+        return [(b, r) for b, r in shapes if 1 - (1 - self.threshold**r) ** b >= _RECALL][-1]
 
     def _set(self, hasher: Hasher, text: str) -> Hashes:
         hashes = hasher(words(text))

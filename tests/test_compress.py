@@ -8,10 +8,13 @@ import torch
 
 from drawplate import edits
 from drawplate.compress.driver import Compress, Ledger, compress
+from drawplate.compress.layerwise import dense
 from drawplate.compress.method import Compression
+from drawplate.core.blocks import Site
 from drawplate.core.errors import DrawplateError, NotFinite, UserError
 from drawplate.core.hf import blocks, load, save, stored_bytes
 from drawplate.core.method import leaves
+from drawplate.core.stats import Stats
 from drawplate.edits import low_rank as low_rank_edit
 from drawplate.edits.quantized import QuantizedLinear
 from drawplate.quantize.driver import Quantize, quantize
@@ -392,6 +395,16 @@ def test_factors_are_cut_further(tmp_path, head):
         assert not any(hasattr(now, name + ".first") for name in ("first", "second"))
     save(model, tmp_path / "out")
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
+
+
+def test_factors_in_sixteen_bits_are_multiplied_in_more():
+    model = tiny.model().bfloat16()
+    run(model)
+    path = edits.of(model)[0].module
+    pair = model.get_submodule(path)
+    product = pair.second.weight.double() @ pair.first.weight.double()
+    found = dense(Site(path, pair, Stats(count=0))).double()
+    assert (found - product).norm() < 1e-6 * product.norm()
 
 
 def test_a_head_of_factors_stays_where_it_is_not_asked_for():

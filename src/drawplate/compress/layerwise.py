@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Annotated, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drawplate.compress.allocation import Allocation, Profile
 from drawplate.compress.method import Compression, default
@@ -22,6 +22,7 @@ from drawplate.core.blocks import Site
 from drawplate.core.errors import DrawplateError
 from drawplate.core.method import OneOf
 from drawplate.edits import Change, matrix
+from drawplate.edits.low_rank import LowRankLinear
 
 
 class Solved(NamedTuple):
@@ -92,6 +93,13 @@ def naming(path: str) -> Iterator[None]:
 
 
 def dense(site: Site) -> Tensor:
-    """The layer's weight [O, I], at least float32, detached."""
-    weight = matrix(site.module).detach()
+    """The layer's weight [O, I], at least float32, detached; a pair is multiplied in that."""
+    module = site.module
+    if isinstance(module, LowRankLinear):
+        return _wide(module.second) @ _wide(module.first)
+    return _wide(module)
+
+
+def _wide(module: nn.Module) -> Tensor:
+    weight = matrix(module).detach()
     return weight.to(torch.promote_types(weight.dtype, torch.float32))

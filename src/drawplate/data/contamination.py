@@ -1,9 +1,10 @@
 """The gate between training data and held-out problems.
 
 A held-out problem is *asked* by a text when a window of its question stands in the text, word for
-word as `grams.words` sees them: a window is `window` words (13 in Brown et al. 2020,
-arXiv:2005.14165, appendix C), or the whole question where that is shorter. The closing `=?` is not
-part of the question, so `12 + 34 - 5 = 41` in a text gives `12+34-5=?` away.
+word as `grams.words` sees them, printed signs as `*`, `-` and `/`: a window is `window` words (13
+in Brown et al. 2020, arXiv:2005.14165, appendix C), or the whole question where that is shorter.
+The closing `=?` is not part of the question, so `12 + 34 - 5 = 41` in a text gives `12+34-5=?`
+away; nor is the name of the unknown behind an equation.
 
 A training problem counts when its question is the same from end to end. Its worked solution is not
 searched: the steps of one problem are smaller problems, and all of them are allowed to be known.
@@ -21,6 +22,7 @@ from drawplate.core.errors import UserError
 from drawplate.data.grams import Hasher, windows, words
 
 _AT_ONCE = 1000
+_SIGNS = str.maketrans("×⋅·−÷", "***-/")
 
 
 class Asked(Protocol):
@@ -47,15 +49,21 @@ class Contaminated(UserError):
 
 
 def question(prompt: str) -> list[str]:
-    """Words of a prompt without the sign that asks.
+    """Words of a prompt without the sign that asks, and of an equation without its unknown.
 
-    >>> question("12+34=?")
-    ['12', '+', '34']
+    >>> question("12+34=?"), question("2*x=6, x=?")
+    (['12', '+', '34'], ['2', '*', 'x', '=', '6'])
     """
-    asked = words(prompt)
+    asked = _words(prompt)
     while len(asked) > 1 and asked[-1] in ("?", "="):
         asked.pop()
-    return asked
+    named = "=" in asked and asked[-2:-1] == [","] and asked[-1].isalpha()
+    return asked[:-2] if named else asked
+
+
+def _words(text: str) -> list[str]:
+    """Words, signs of arithmetic as problems write them."""
+    return words(text.translate(_SIGNS))
 
 
 def in_problems(heldout: Sequence[Asked], training: Sequence[Asked]) -> list[Hit]:
@@ -84,7 +92,7 @@ def in_texts(heldout: Sequence[Asked], texts: Sequence[str], window: int) -> lis
 
     found: set[Hit] = set()
     for first in range(0, len(texts), _AT_ONCE):
-        split = [[*words(text), ""] for text in texts[first : first + _AT_ONCE]]
+        split = [[*_words(text), ""] for text in texts[first : first + _AT_ONCE]]
         row = [word for text in split for word in text]
         ends = np.cumsum([len(text) for text in split])
         hashes = hasher(row)

@@ -1,6 +1,7 @@
 """Laws of every family of compression, and each against its oracle."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from drawplate.compress.method import Compression
 from drawplate.compress.pattern import Pattern
 from drawplate.compress.prune import Prune
 from drawplate.compress.update import Update
+from drawplate.core import stats as statistics
 from drawplate.core.blocks import Site
 from drawplate.core.errors import NotFinite
-from drawplate.core.linalg import output_error
+from drawplate.core.linalg import inverse_root, output_error
 from drawplate.core.method import leaves
 from drawplate.core.stats import Stats
 from drawplate.edits.low_rank import LowRank as Edit
@@ -355,6 +357,19 @@ def test_masks_chosen_on_the_way_are_better():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_layers_that_share_an_input_share_its_inverse(monkeypatch):
+    made = []
+    monkeypatch.setattr(statistics, "inverse_root", lambda *a: made.append(a) or inverse_root(*a))
+    method = make("sparse", **SPARSEGPT | {"rounds": 3})
+    (one, stats), (other, _) = layer(), layer(seed=1)
+    method.solve(site(one, stats), 5)
+    found = method.solve(site(other, stats), 5).weights["layer"]
+    assert len(made) == 1
+    assert torch.equal(found, method.solve(site(other, replace(stats)), 5).weights["layer"])
+    assert len(made) == 2
+
+
 def test_a_sweep_keeps_n_of_every_m():
     weight, stats = layer(8, 24)
     sparse = make("sparse", **SPARSEGPT, block=8, pattern={"name": "n_m", "n": 2, "m": 4})

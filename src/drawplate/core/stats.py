@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from drawplate.core.linalg import inverse_root
 from drawplate.core.products import gram
 
 
@@ -27,6 +28,14 @@ class Stats:
     """[I] float32, mean of |x|."""
     peak: Tensor = field(default_factory=lambda: torch.empty(0))
     """[I] float32, largest |x|."""
+
+    roots: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def inverse_root(self, damping: float) -> Tensor:
+        """`linalg.inverse_root` of the Gram matrix, computed once while this record lives."""
+        if damping not in self.roots:
+            self.roots[damping] = inverse_root(self.gram, damping)
+        return self.roots[damping]
 
     def since(self, start: int) -> Stats:
         """Of the inputs from number `start` on."""

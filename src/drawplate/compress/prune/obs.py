@@ -6,7 +6,7 @@ Paper: Frantar and Alistarh 2023, SparseGPT: Massive Language Models Can Be Accu
 One-Shot, arXiv:2301.00774, equation 3 (after Hassibi and Stork 1992).
 Deviation: one inverse for all weights that are ranked together, where SparseGPT ranks each by the
 inverse over the columns that do not stand before it; the order of columns then does not matter.
-Cost: a Cholesky factor and its inverse, size I.
+Cost: a Cholesky factor and its inverse, size I, once for all layers that share an input.
 """
 
 from typing import ClassVar, Literal
@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor
 
 from drawplate.compress.prune import Prune
-from drawplate.core.linalg import inverse_root
 from drawplate.core.stats import Stats
 
 
@@ -31,5 +30,5 @@ class Obs(Prune):
 
     def score(self, weight: Tensor, stats: Stats) -> Tensor:
         """[O, I] -> w^2 / [G^-1]_jj [O, I]."""
-        inverse_diagonal = inverse_root(stats.gram, self.damping).square().sum(0)
+        inverse_diagonal = stats.inverse_root(self.damping).square().sum(0)
         return weight.square() / inverse_diagonal.to(weight.dtype)

@@ -8,7 +8,7 @@ Paper: Frantar and Alistarh 2023, SparseGPT: Massive Language Models Can Be Accu
 One-Shot, arXiv:2301.00774, algorithm 1.
 Deviation: the mask is given, see `block` of the method `sparse`; V comes from one factorisation, of
 the reversed G.
-Cost: a Cholesky factor and its inverse, size I; O(O I^2).
+Cost: a Cholesky factor and its inverse, size I, once for all layers that share an input; O(O I^2).
 """
 
 from typing import ClassVar, Literal
@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import Tensor
 
 from drawplate.compress.update import Update
-from drawplate.core.linalg import inverse_root
 from drawplate.core.stats import Stats
 
 
@@ -40,7 +39,7 @@ class Obs(Update):
 
     def solve(self, weight: Tensor, keep: Tensor, stats: Stats) -> Tensor:
         """[O, I], bool [O, I] -> [O, I]."""
-        root = inverse_root(stats.gram, self.damping).to(weight.dtype)
+        root = stats.inverse_root(self.damping).to(weight.dtype)
         goes = (~keep).T / root.diagonal()[:, None]
         columns = weight.T.clone(memory_format=torch.contiguous_format)  # a row for every input
         lost = torch.empty_like(columns)

@@ -357,7 +357,6 @@ def test_masks_chosen_on_the_way_are_better():
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_layers_that_share_an_input_share_its_inverse(monkeypatch):
     made = []
     monkeypatch.setattr(statistics, "inverse_root", lambda *a: made.append(a) or inverse_root(*a))
@@ -370,6 +369,7 @@ def test_layers_that_share_an_input_share_its_inverse(monkeypatch):
     assert len(made) == 2
 
 
+@torch.no_grad()
 def test_a_sweep_keeps_n_of_every_m():
     weight, stats = layer(8, 24)
     sparse = make("sparse", **SPARSEGPT, block=8, pattern={"name": "n_m", "n": 2, "m": 4})

@@ -44,24 +44,24 @@ def folder(tmp_path_factory):
     return folder
 
 
-def made(stage, params, inputs, folder, name, **more):
-    """Paths of what one process and what two of them make."""
+def made(stage, params, inputs, folder, name, sharded=False):
+    """Paths of what one process and what two of them make, which share the weights out or not."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in faults.environment().items():
             patch.setenv(key, value)
-        for nproc in (1, 2):
-            execution = Execution(nproc=nproc, threads=1, tracking=False, **more)
+        for nproc, split in ((1, False), (2, sharded)):
+            execution = Execution(nproc=nproc, threads=1, tracking=False, sharded=split)
             stage(params, inputs, folder / f"{name}{nproc}", execution=execution)
     return folder / f"{name}1", folder / f"{name}2"
 
 
-def based(folder, name, **more):
+def based(folder, name, sharded=False):
     model = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 2, "feed_forward": 64}
     params = Pretrain.model_validate(
         {"model": model | {"context": 128}, "batch": 4, "length": 96, "training": STEPS}
     )
     inputs = pretrain.Inputs(corpus=folder / "corpus")
-    return made(pretrain.pretrain, params, inputs, folder, name, **more)
+    return made(pretrain.pretrain, params, inputs, folder, name, sharded)
 
 
 @pytest.fixture(scope="module")

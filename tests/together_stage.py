@@ -64,7 +64,7 @@ if __name__ == "__main__":
     from tests import together_stage
 
     source, out, nproc, pause, nnodes, address = sys.argv[1:]
-    machines = {"nnodes": int(nnodes), "address": address}
+    machines = {"nnodes": int(nnodes), "address": address} if int(nnodes) > 1 else {}
     prepare_process()
     sys.exit(
         guarded(

@@ -1,6 +1,8 @@
-"""Kernels that oneDNN keeps: as many shapes as asked for, and a user's own number stays."""
+"""What a process keeps: kernels of oneDNN, as many as asked for, and memory of former tensors."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 
@@ -35,3 +37,40 @@ def test_the_latest_shapes_are_kept_and_no_more():
     assert made(200) == 100
     assert made(50) == 101
     assert made(50, ONEDNN_PRIMITIVE_CACHE_CAPACITY="200") == 100
+
+
+FAULTS = """
+import ctypes
+import resource
+import torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # pages of one size, also where huge ones are the default
+from stages.quiet import keep_memory
+{call}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    return [torch.ones({size} << 18) for _ in range(8)]
+for _ in range(4):
+    step()
+before = faults()
+for _ in range(8):
+    step()
+print(faults() - before)
+"""
+
+
+def fetched(mebibytes: int, call: str) -> float:
+    """Pages fetched from the system for each page of 8 tensors, made and left 8 times."""
+    script = FAULTS.format(size=mebibytes, call=call)
+    free = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=free, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout) * resource.getpagesize() / (64 * mebibytes * 2**20)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
+def test_memory_that_tensors_leave_is_used_again():
+    assert fetched(12, "keep_memory()") < 0.05
+    assert fetched(12, "") > 0.5  # what it is without
+    assert fetched(40, "keep_memory()") > 0.5  # large ones go back to the system

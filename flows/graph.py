@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from drawplate.core.errors import UserError
 from drawplate.settings import nearest
-from stages.quiet import quiet_environment
+from stages.quiet import INTERRUPTED, quiet_environment
 
 Status = Literal["ran", "cached", "unchanged"]
 
@@ -163,6 +163,27 @@ STOPPED = re.compile(
     r"^ERROR: failed to reproduce '(.+?)': failed to run: .*, exited with (-?\d+)$", re.MULTILINE
 )
 """What DVC says of a stage that failed: its name and its exit code."""
+
+
+class Stopped(NamedTuple):
+    """How a stage failed: by its own exit code, or by a signal."""
+
+    stage: str
+    code: int
+    signal: int | None
+
+
+def stopped(text: str) -> Stopped | None:
+    """Which stage failed by what `dvc` printed, and how; None where it was none."""
+    said = STOPPED.search(text)
+    if said is None:
+        return None
+    code = int(said[2])
+    # Some shells take their command's place, others outlive it and give 128 + its signal.
+    number = -code if code < 0 else code - 128
+    return Stopped(said[1], code, number if number > 0 and code != INTERRUPTED else None)
+
+
 _ASIDE = re.compile(
     r"Having any troubles\?|Is your cache up to date\?|Learn more about|See <|<?https://"
 )

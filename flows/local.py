@@ -17,8 +17,8 @@ from typing import Any
 
 from drawplate import settings
 from drawplate.core.errors import Damaged, Exhausted, UserError
-from flows.graph import STOPPED, new_execution, refuse_unknown, repro
-from stages.quiet import INTERRUPTED, guarded, interruptible
+from flows.graph import STOPPED, new_execution, refuse_unknown, repro, stopped
+from stages.quiet import guarded, interruptible
 
 _COLUMNS = (
     ("pass@1", "pass_at_1", "{:.1%}"),
@@ -154,17 +154,15 @@ def _failed(root: Path, tail: str) -> int:
     if any(map(_BUSY.match, lines)):
         holders = ", ".join(dict.fromkeys(hit[1] for hit in map(_HOLDER.match, lines) if hit))
         raise _busy(root, holders)
-    for hit in filter(None, map(STOPPED.match, lines)):
-        stage, code = hit[1], int(hit[2])
-        # Some shells take their command's place, others outlive it and give 128 + its signal.
-        number = -code if code < 0 else code - 128
-        if number > 0 and code != INTERRUPTED:
-            why = "; most likely for its memory" if number == signal.SIGKILL else ""
-            raise Exhausted(f"stage {stage} was ended by signal {number}{why}")
-        if not any(line.startswith("drawplate: ") for line in lines):
-            print(f"drawplate: stage {stage} failed; what it said stands above", file=sys.stderr)
-        return code
-    return 1  # DVC itself has said why
+    ended = stopped(tail)
+    if ended is None:
+        return 1  # DVC itself has said why
+    if ended.signal:
+        why = "; most likely for its memory" if ended.signal == signal.SIGKILL else ""
+        raise Exhausted(f"stage {ended.stage} was ended by signal {ended.signal}{why}")
+    if not any(line.startswith("drawplate: ") for line in lines):
+        print(f"drawplate: stage {ended.stage} failed; what it said stands above", file=sys.stderr)
+    return ended.code
 
 
 def change_params(file: Path, changes: Sequence[str], presets: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from stages.quiet import INTERRUPTED, quiet_environment
+from stages.quiet import quiet_environment
 
 quiet_environment()
 
@@ -27,7 +27,6 @@ from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 
 from drawplate.core.errors import DrawplateError, Exhausted  # noqa: E402
 from flows.graph import (  # noqa: E402
-    STOPPED,
     Inputs,
     Repro,
     Status,
@@ -35,6 +34,7 @@ from flows.graph import (  # noqa: E402
     inputs,
     patient_repro,
     reason,
+    stopped,
 )
 from flows.handover import REF, entries, hand_on  # noqa: E402
 from flows.slots import INPUTS, device, slot  # noqa: E402
@@ -55,10 +55,8 @@ class StageFailed(DrawplateError):
 
     def __init__(self, name: str, tail: str):
         super().__init__(f"stage {name}: {reason(tail).removeprefix('drawplate: ')}")
-        if ended := STOPPED.search(tail):
-            code = int(ended[2])
-            signalled = not 0 < code < 128 and code != INTERRUPTED
-            self.code = Exhausted.code if signalled else code
+        if ended := stopped(tail):
+            self.code = Exhausted.code if ended.signal else ended.code
         self.busy = busy(tail)
 
 

@@ -38,7 +38,7 @@ class Hasher:
     def __call__(self, words: Sequence[str]) -> Hashes:
         """N words -> [N]."""
         known = self._known
-        for word in set(words) - known.keys():
+        for word in set(words).difference(known):  # `- known.keys()` goes through all of them
             known[word] = int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "little")
         return np.fromiter((known[word] for word in words), dtype=np.uint64, count=len(words))
 

@@ -23,8 +23,8 @@ def token_losses(
     """-log softmax(head(h))[target] for every token, zero where the target is `IGNORED`.
 
     hidden [..., H], targets [...] -> [...] float32 (float64 for float64), in nats. `head` maps
-    [N, H] -> [N, V] and is applied to `rows` tokens at a time; the backward pass computes it again
-    instead of keeping the logits.
+    [N, H] -> [N, V] and is applied to `rows` tokens at a time; unless these are all, the backward
+    pass computes it again instead of keeping the logits.
     """
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
 
@@ -34,8 +34,9 @@ def token_losses(
         return functional.cross_entropy(wide, t, reduction="none", ignore_index=IGNORED)
 
     many = rows or fitting(head)
-    pieces = zip(torch.split(flat, many), torch.split(wanted, many), strict=True)
-    if torch.is_grad_enabled():
+    pieces = [*zip(torch.split(flat, many), torch.split(wanted, many), strict=True)]
+    # The backward pass begins here: a single piece would be let go to be computed again at once.
+    if torch.is_grad_enabled() and len(pieces) > 1:
         found = [checkpoint(part, h, t, use_reentrant=False) for h, t in pieces]
     else:
         found = [part(h, t) for h, t in pieces]

@@ -332,8 +332,8 @@ def generate(
 
     \b
     Examples:
-      drawplate generate "12+34-50=?"
-      drawplate generate --runtime flash_svd --model models/compressed "12+34-50=?"
+      drawplate generate "61+17-25=?"
+      drawplate generate --runtime flash_svd --model models/compressed "61+17-25=?"
     """
     from drawplate.evaluate.results import Evaluate
     from drawplate.model.runtime import attached
